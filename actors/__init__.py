@@ -1,0 +1,1 @@
+"""The actor role: inference engines, rollout workers, environments and rewards."""

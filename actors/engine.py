@@ -1,0 +1,126 @@
+"""What every inference engine can do, whatever runs behind it.
+
+The embedded engine and SGLang pass one contract test suite against this protocol. All methods are coroutines on the
+actor's event loop; none blocks it. A request's life::
+
+    generate ──► running ──► finished (stop | length)
+                    │ pause(in_place | retract): stays open, goes on after resume
+                    └ pause(abort), abort(id): finished (abort) with the tokens sampled so far
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.trajectory import VersionSpan, WeightId
+
+
+class PauseMode(StrEnum):
+    """What happens to requests in flight while weights change."""
+
+    IN_PLACE = "in_place"
+    """They keep their KV cache: the next tokens come from new weights over old keys and values."""
+    RETRACT = "retract"
+    """Their KV cache is recomputed with the new weights."""
+    ABORT = "abort"
+    """They end with what they have; the caller submits them again with the tokens already sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample. Log-probabilities are after temperature, before top-p and top-k (as SGLang reports them)."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; log-probabilities are then those at temperature 1"""
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    """With a seed, token ``i`` of the answer depends on (weights, prompt, seed, i) alone, not on the batch"""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Token ids in. ``session`` ties the turns of one episode to the engine that holds their prefix."""
+
+    request_id: str
+    """Unique and of fixed width (UUID): engines may match ids by prefix"""
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    session: str | None = None
+    resumed_tokens: int = 0
+    """The last ``resumed_tokens`` of ``prompt_ids`` were sampled before this request: positions of a seed go on"""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Token ids out; N tokens were sampled. Spans count from the first sampled token (0), half-open by their order."""
+
+    output_ids: list[int]
+    logprobs: list[float]
+    spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    """``stop``, ``length`` or ``abort``"""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot of an engine, for routing, health and metrics."""
+
+    engine_id: str
+    weights: WeightId | None
+    """None before the first weights arrived: the engine serves nothing yet"""
+    paused: bool
+    running_requests: int
+    waiting_requests: int
+    generated_tokens: int
+    """Since start"""
+
+
+class EngineError(RuntimeError):
+    """The engine could not do what was asked. The message says which engine, what, and why."""
+
+
+class Engine(Protocol):
+    """One inference engine: any number of devices that hold one copy of the weights."""
+
+    @property
+    def engine_id(self) -> str: ...
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks this engine takes in a weight group."""
+
+    async def start(self) -> None:
+        """Bring the engine up. It may hold no weights yet. Raises ``EngineError`` when it cannot."""
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample one answer. Waits while the engine is paused or has no weights.
+
+        Raises ``ValueError`` for token ids outside the vocabulary, an empty prompt or a prompt too long for the
+        context; ``EngineError`` when the engine died.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End one request; its ``generate`` returns what was sampled with ``finish_reason='abort'``."""
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Returns once no token is being sampled."""
+
+    async def resume(self) -> None: ...
+
+    async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
+        """Join a group of which the learner is rank 0; leaves the one before. Returns when all have joined."""
+
+    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
+        """Take part in one broadcast and use its weights from the next sampled token on."""
+
+    async def status(self) -> EngineStatus: ...
+
+    async def close(self) -> None:
+        """Release everything; open requests end with ``EngineError``."""

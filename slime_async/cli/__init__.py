@@ -1,0 +1,1 @@
+"""The composition root: commands and launchers. Roles are imported lazily, inside the command that runs them."""

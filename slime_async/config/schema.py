@@ -1,0 +1,237 @@
+"""The configuration: one TOML file, every field also a flag (``--learner.learning-rate 1e-4``).
+
+Three families: the sections below are ours; ``[sglang]`` / ``--sglang-*`` goes to SGLang's servers, ``[megatron]`` /
+``--megatron-*`` to Megatron's configs, unread. What follows from other fields is a property, never a field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from slime_async.config.algorithm import AlgorithmConfig
+from slime_async.config.base import Section
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    name: str = "run"
+    """Names the run directory, together with the time it started"""
+    directory: Path = Path("runs")
+    """Where run directories are made"""
+    steps: PositiveInt = 200
+    """How many batches RL trains, and so the last weight version"""
+    seed: int = 0
+    """Seeds data order, sampling and initialisation"""
+    deterministic: bool = False
+    """Bitwise repeatable at staleness 0: one thread, fixed slots, batches sorted by task; slower"""
+    log_interval_s: PositiveFloat = 5.0
+    """Seconds between progress lines"""
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    path: str = ""
+    """A Hugging Face checkpoint directory; or module:function (directory, seed) that writes one"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the learner's model weights; the optimizer always keeps fp32 main weights"""
+
+
+class SourceConfig(Section):
+    """One source of tasks."""
+
+    factory: str
+    """module:callable; called with ``arguments`` it returns a sequence of tasks (len() and [index])"""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the factory"""
+    weight: PositiveFloat = 1.0
+    """Its share of the training tasks, relative to the other sources"""
+
+
+class TaskConfig(Section):
+    """What the policy is asked to do, and how it is judged."""
+
+    train: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Training sources by name"""
+    evaluation: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Held-out sources by name; never trained on"""
+    generate: str = "slime_async.actors.single_turn:generate"
+    """module:async function (task, policy) that plays one episode"""
+    reward: str = ""
+    """module:function (task, answer text) that judges an episode of ``generate``'s single-turn default"""
+    epochs: PositiveInt | None = None
+    """Passes over the training sources; endless when not set"""
+    shuffle: bool = True
+    """Visit each source in an order drawn from the seed, anew in every epoch"""
+
+
+class SamplingConfig(Section):
+    """How actors sample in training. Evaluation takes the same unless its section says otherwise."""
+
+    max_new_tokens: PositiveInt = 128
+    """Per turn"""
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = -1
+    """−1 keeps the whole vocabulary"""
+    max_context_tokens: PositiveInt = 4096
+    """Prompt and answer together"""
+
+
+class ActorConfig(Section):
+    """Actor processes and the engines they hold."""
+
+    count: int = Field(1, ge=0)
+    """Actor processes that ``slime-async train`` starts; 0 when they are started elsewhere"""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """Which engine an actor runs"""
+    slots: PositiveInt = 128
+    """Trajectories that run at once in one actor"""
+    max_running_requests: PositiveInt = 128
+    """Requests that the embedded engine decodes in one batch"""
+    threads: PositiveInt = 1
+    """CPU threads of the embedded engine"""
+    device: str = "cpu"
+    """Of the embedded engine"""
+    max_restarts: int = Field(8, ge=0)
+    """How often one dead actor is started again before the run fails"""
+    startup_timeout_s: PositiveFloat = 600.0
+    """Until an engine is up"""
+    delay_s: float = Field(0.0, ge=0)
+    """Artificial latency before each delivery, for tests and benchmarks of staleness"""
+
+
+class StalenessConfig(Section):
+    """How far behind the learner the trained tokens may be: paced at admission, bounded at consumption."""
+
+    max_staleness: int = Field(2, ge=0)
+    """η: no token that is older than this many versions has weight in the loss; 0 is synchronous RL"""
+    on_stale: Literal["mask", "drop", "wait", "train"] = "mask"
+    """Tokens beyond the bound: masked; or their whole group dropped; or batches wait in strict order of grants; or
+    they train and are counted"""
+
+
+class BatchConfig(Section):
+    """The shape of a training batch, and what the queue may hold."""
+
+    group_size: PositiveInt = 8
+    """n: trajectories per task that share a baseline"""
+    groups: PositiveInt = 32
+    """Groups per batch; the batch B has groups · group_size trajectories"""
+    queue_trajectories: PositiveInt | None = None
+    """Bound on trajectories held by the hub; (η + 1) · B when not set"""
+    queue_bytes: PositiveInt = 4 << 30
+    """Bound on bytes held by the hub; a full queue stops the grants"""
+    max_trajectory_bytes: PositiveInt = 64 << 20
+    """A larger trajectory is refused with an error"""
+
+    @property
+    def trajectories(self) -> int:
+        """B"""
+        return self.groups * self.group_size
+
+
+class WeightsConfig(Section):
+    """How weights reach the engines."""
+
+    publish: Literal["in_flight", "batch_boundary"] = "in_flight"
+    """While requests run, or only between batches (one-step-off)"""
+    pause: Literal["in_place", "retract", "abort"] = "in_place"
+    """What happens to requests in flight: keep their KV cache, recompute it, or resubmit them"""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of the broadcast; auto takes nccl where learner and engines have GPUs"""
+    timeout_s: PositiveFloat = 60.0
+    """Deadline of each phase of a publish; an engine that misses it is ejected"""
+
+
+class LearnerConfig(Section):
+    """Training."""
+
+    ranks: PositiveInt = 1
+    """Processes of the learner, one per device"""
+    learning_rate: PositiveFloat = 1e-6
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up"""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0)
+    """Bound on the gradient's norm; 0 turns it off"""
+    microbatch_tokens: PositiveInt = 16384
+    """Token budget of one packed microbatch"""
+    optimizer_steps: PositiveInt = 1
+    """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
+    threads: PositiveInt = 1
+    """CPU threads per rank while RL runs"""
+    lease_timeout_s: PositiveFloat = 600.0
+    """Waiting this long for a batch ends the run with an error that says what was missing"""
+
+
+class WarmStartConfig(Section):
+    """An optional supervised phase on the same learner, before version 0 is published."""
+
+    steps: int = Field(0, ge=0)
+    """0 skips it"""
+    demonstrations: str = ""
+    """module:callable (seed) that returns a sequence of (prompt text, answer text)"""
+    batch_size: PositiveInt = 64
+    """Demonstrations per step"""
+    learning_rate: PositiveFloat = 1e-3
+    threads: PositiveInt = 1
+    """CPU threads of this phase, while actors are idle"""
+    control_steps: int = Field(0, ge=0)
+    """Also train a copy this many further supervised steps and report its accuracy: what RL has to beat"""
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy, by the actors themselves."""
+
+    before: bool = True
+    """At version 0"""
+    after: bool = True
+    """At the last version"""
+    tasks: PositiveInt = 512
+    """Tasks per evaluation, the first ones of each source"""
+    timeout_s: PositiveFloat = 300.0
+
+
+class HubConfig(Section):
+    """The hub's address and its patience."""
+
+    address: str = "tcp://127.0.0.1:0"
+    """Where the hub listens; port 0 takes a free one"""
+    insecure: bool = False
+    """Allow an address beyond loopback without authentication"""
+    heartbeat_interval_s: PositiveFloat = 1.0
+    heartbeat_timeout_s: PositiveFloat = 10.0
+    """A peer silent for this long is dead: its reservations are granted again"""
+    stall_timeout_s: PositiveFloat = 120.0
+    """When nothing moves for this long, the log names what everybody waits for"""
+
+
+class Config(Section):
+    """Everything about one run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    actor: ActorConfig = ActorConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    batch: BatchConfig = BatchConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    weights: WeightsConfig = WeightsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    hub: HubConfig = HubConfig()
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of SGLang's servers, by their own names"""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Megatron's model, DDP and optimizer configs, by their own names"""

@@ -1,0 +1,1 @@
+"""Weights, masks, objectives and advantages: off-policy correction as pure torch functions."""

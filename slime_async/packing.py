@@ -1,0 +1,1 @@
+"""Packs trajectories into microbatches under a token budget."""

@@ -1,0 +1,336 @@
+"""Every message that crosses a process border, as typed, immutable values. No I/O here.
+
+Two patterns only. A *call* has one reply (or an ``ErrorReply``) and a deadline; a *note* has none. Either side of a
+connection may start either. ``T ──► H`` below reads: T sends it to the hub.
+
+==================  ====================  ============================================================
+message             from ──► to           reply, or (note)
+==================  ====================  ============================================================
+Hello               any ──► hub           Welcome
+Heartbeat           any ──► hub           (note) carries the role's latest report
+Granted             hub ──► actor         (note) reservations; these are the actor's credits
+Started             actor ──► hub         (note) a reservation's generation began
+Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
+Failed              actor ──► hub         Ok; the sample is granted again
+Lease               learner ──► hub       Batch, or NotReady when the deadline came first
+Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
+Published           learner ──► hub       Ok; every live engine holds these weights now
+Evaluate            learner ──► hub       EvaluationResult
+Membership          hub ──► learner       (note) the set of engines changed
+Relay               learner ──► hub       the reply of the actor to the message inside
+  JoinWeightGroup   … ──► actor           Ok, when the engine is a member
+  PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
+  PauseEngine       … ──► actor           Ok, when no token is being sampled
+  ReceiveWeights    … ──► actor           Ok, when the new weights are in use
+  ResumeEngine      … ──► actor           Ok
+GetStatus           any ──► hub           RunStatus
+Finish              learner ──► hub       Ok; the hub tells everyone to leave
+Shutdown            hub ──► any           (note) leave now, and why
+==================  ====================  ============================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
+
+PROTOCOL_VERSION = 1
+"""Peers of different protocol versions refuse each other, naming both."""
+
+Role = Literal["actor", "learner", "observer"]
+Scalar = bool | int | float | str
+Report = dict[str, Scalar]
+"""Flat metrics of one role, by documented name; what the live view and the run's metrics are made of."""
+
+
+class Message:
+    """Base of everything that can be sent. Subclasses are frozen dataclasses; the codec knows them by class name."""
+
+    __slots__ = ()
+
+
+# ------------------------------------------------------------------------------------------------ connection
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """One engine as the learner needs to know it for weight groups."""
+
+    engine_id: str
+    actor: str
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First message of every connection. ``name`` is unique among the living; a second life needs a new name."""
+
+    role: Role
+    name: str
+    slots: int = 0
+    """Actors: how many trajectories may run here at once"""
+    engines: tuple[EngineInfo, ...] = ()
+    sources: dict[str, int] = field(default_factory=dict)
+    """Actors: the task sources it can look up and how many tasks each holds; all actors must agree"""
+    incarnation: int = 0
+    """Learners only"""
+    version: int = 0
+    """Learners only: the version whose weights it holds now"""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    run_id: str
+    heartbeat_interval_s: float
+    version: int
+    """The published version, −1 before the first publication"""
+    engines: tuple[EngineInfo, ...] = ()
+    """Learners only: the engines that live now"""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Message):
+    report: Report = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ok(Message):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply(Message):
+    """A call that failed at the other side. ``code`` is the exception's class, ``message`` says what to do."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown(Message):
+    reason: str
+    failed: bool = False
+
+
+# ---------------------------------------------------------------------------------------------- trajectories
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The right, and the duty, to generate one trajectory. ``attempt`` counts how often it was granted before."""
+
+    task: TaskRef
+    sample: int
+    attempt: int
+    evaluation: str = ""
+    """The evaluation it belongs to; empty for training"""
+
+    @property
+    def key(self) -> TrajectoryKey:
+        return TrajectoryKey(self.task.serial, self.sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted(Message):
+    reservations: tuple[Reservation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Message):
+    key: TrajectoryKey
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver(Message):
+    trajectory: Trajectory
+    evaluation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered(Message):
+    """``accepted``, ``duplicate`` (another attempt came first), ``unwanted`` (its group is gone): all final."""
+
+    outcome: Literal["accepted", "duplicate", "unwanted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    key: TrajectoryKey
+    attempt: int
+    reason: str
+    evaluation: str = ""
+
+
+# --------------------------------------------------------------------------------------------------- learner
+
+
+@dataclass(frozen=True, slots=True)
+class Lease(Message):
+    """Ask for the batch that takes the weights from ``train_version`` to ``train_version + 1``."""
+
+    incarnation: int
+    train_version: int
+    wait_s: float
+    """How long the hub may hold the call before it answers ``NotReady``"""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Message):
+    """Complete groups, oldest grant first; a leased batch stays leased until its commit."""
+
+    train_version: int
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady(Message):
+    """``reason`` names what is missing, for the log and the live view."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit(Message):
+    incarnation: int
+    train_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published(Message):
+    weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate(Message):
+    """Run ``num_tasks`` tasks of ``source`` once each, beside training, with whatever weights the engines hold."""
+
+    name: str
+    source: str
+    num_tasks: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult(Message):
+    name: str
+    rewards: tuple[float, ...]
+    """One per task, by index"""
+    failed: int
+    """Tasks that gave no result"""
+    versions: tuple[int, ...]
+    """The versions that produced the answers, ascending"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(Message):
+    reason: str
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroupSpec:
+    """How to find a weight group. Rank 0 is the learner's source rank; ``epoch`` counts memberships."""
+
+    name: str
+    epoch: int
+    master_address: str
+    master_port: int
+    world_size: int
+    backend: Literal["gloo", "nccl"]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One Hugging Face tensor: its checkpoint name, dtype (``bfloat16``, …) and whole shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What one broadcast carries, in sending order, one collective per tensor."""
+
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Membership(Message):
+    engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JoinWeightGroup(Message):
+    engine_id: str
+    spec: WeightGroupSpec
+    rank_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareWeights(Message):
+    engine_id: str
+    weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class PauseEngine(Message):
+    engine_id: str
+    mode: Literal["in_place", "retract", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveWeights(Message):
+    engine_id: str
+    manifest: WeightManifest
+    weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeEngine(Message):
+    engine_id: str
+
+
+EngineCommand = JoinWeightGroup | PrepareWeights | PauseEngine | ReceiveWeights | ResumeEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Relay(Message):
+    """Hand ``message`` to the actor that holds its engine, and its reply back, within ``wait_s``."""
+
+    actor: str
+    message: EngineCommand
+    wait_s: float
+
+
+# ---------------------------------------------------------------------------------------------------- status
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus(Message):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """One connected role, as the hub sees it."""
+
+    role: Role
+    name: str
+    silent_s: float
+    """Since its last message"""
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus(Message):
+    run_id: str
+    queue: Report
+    """``QueueStatistics``, flattened"""
+    peers: tuple[PeerStatus, ...]

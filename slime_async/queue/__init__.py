@@ -1,0 +1,1 @@
+"""The staleness-bounded queue as a pure state machine: no I/O, no clock of its own."""
