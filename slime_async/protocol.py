@@ -15,6 +15,7 @@ Failed              actor ──► hub         Ok; the sample is granted again
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
+Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted meanwhile
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
 Relay               learner ──► hub       the reply of the actor to the message inside
@@ -201,6 +202,13 @@ class Commit(Message):
 @dataclass(frozen=True, slots=True)
 class Published(Message):
     weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class Drain(Message):
+    """Publishing at batch boundaries: wait until everything granted has been delivered, failed or lost."""
+
+    wait_s: float
 
 
 @dataclass(frozen=True, slots=True)
