@@ -42,8 +42,6 @@ def load_source(config: SourceConfig) -> Source:
 
 
 def load_sources(config: TaskConfig) -> dict[str, Source]:
-    """All sources of a run by name. Raises ``ValueError`` when one name is used for training and for evaluation."""
-    clashes = sorted(config.train.keys() & config.evaluation.keys())
-    if clashes:
-        raise ValueError(f"sources {clashes} are in task.train and in task.evaluation: give held-out sources own names")
+    """All sources of a run by name, those of training and those held out."""
+    assert not config.train.keys() & config.evaluation.keys(), "the checks of the configuration refuse shared names"
     return {name: load_source(source) for name, source in (config.train | config.evaluation).items()}

@@ -9,7 +9,9 @@ from typing import Any
 
 
 def load_callable(path: str, purpose: str) -> Callable[..., Any]:
-    """Import the callable that ``path`` (``module:name``) names; ``purpose`` says in errors what it was for.
+    """Import the callable that ``path`` names (``module:name``; the name may have dots).
+
+    ``purpose`` says in errors what it was for.
 
     Raises ``ValueError`` when the path has another form, the module does not exist, it has no such name (the nearest
     one is suggested) or what it names cannot be called. What the module itself raises while it is imported passes
@@ -19,11 +21,13 @@ def load_callable(path: str, purpose: str) -> Callable[..., Any]:
     if not (separator and module_name and name):
         raise ValueError(f"{purpose} {path!r} is not of the form module:name, for example my_package.my_task:reward")
     module = _import(module_name, purpose, path)
-    found = getattr(module, name, None)
-    if found is None:
-        nearest = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise ValueError(f"{purpose} {path!r}: module {module_name} has no {name}{hint}")
+    found: Any = module
+    for part in name.split("."):
+        owner, found = found, getattr(found, part, None)
+        if found is None:
+            nearest = difflib.get_close_matches(part, dir(owner), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{purpose} {path!r}: {owner.__name__} has no {part}{hint}")
     if not callable(found):
         raise ValueError(f"{purpose} {path!r} is a {type(found).__name__}, which cannot be called; name a function")
     return found  # type: ignore[no-any-return]  # whatever the user's module holds
