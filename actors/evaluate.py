@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
-from slime_async.actors.rollout import Rollout
+from slime_async.actors.engine import Engine, EngineError
+from slime_async.actors.rollout import Rollout, make_rollout
+from slime_async.config.schema import Config
 from slime_async.protocol import Reservation
 from slime_async.trajectory import TaskRef, Trajectory
 
@@ -25,6 +28,24 @@ class EvaluationSummary:
     failed: int
     """Episodes that gave no result"""
     tasks: int
+
+
+async def evaluate_checkpoint(
+    config: Config, checkpoint: Path, source: str, num_tasks: int, engine: Engine
+) -> EvaluationSummary:
+    """Evaluate on ``engine``, made for ``checkpoint`` and not yet started; it is closed when this returns.
+
+    Raises ``ValueError`` for what the configuration names and does not exist, ``EngineError`` when the engine does not
+    start or loads no weights.
+    """
+    rollout = make_rollout(config, checkpoint, engine)
+    try:
+        await engine.start()
+        if (await engine.status()).weights is None:
+            raise EngineError(f"engine {engine.engine_id} holds no weights: build it with those of {checkpoint}")
+        return await evaluate_source(rollout, source, num_tasks, config.actor.slots)
+    finally:
+        await engine.close()
 
 
 async def evaluate_source(rollout: Rollout, source: str, num_tasks: int, slots: int) -> EvaluationSummary:

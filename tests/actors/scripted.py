@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
+from slime_async.actors.engine import EngineStatus, GenerateRequest, Generation, SamplingParams
 from slime_async.actors.environment import Reward, Task
 from slime_async.actors.policy import EnginePolicy
 from slime_async.demo.tokenizer import EOS, VOCABULARY, make_tokenizer
@@ -55,3 +55,22 @@ def make_task(content: Any, reward: Reward | None = None) -> Task:
 
 def make_policy(engine: ScriptedEngine, *, seed: int = 0, max_context_tokens: int = 64) -> EnginePolicy:
     return EnginePolicy(engine, SAMPLING, seed=seed, max_context_tokens=max_context_tokens)
+
+
+class ScriptedProcess(ScriptedEngine):
+    """A scripted engine with the parts of a whole one that an evaluation uses: start, status, close."""
+
+    engine_id = "scripted"
+    num_ranks = 1
+    weights: WeightId | None = weights(0)
+    state = "new"
+
+    async def start(self) -> None:
+        assert self.state == "new"
+        self.state = "started"
+
+    async def status(self) -> EngineStatus:
+        return EngineStatus(self.engine_id, self.weights, False, 0, 0, 0)
+
+    async def close(self) -> None:
+        self.state = "closed"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slime_async.actors.engine import EngineError
 from slime_async.actors.environment import Episode, EpisodeBuilder, Policy, Task
-from slime_async.actors.evaluate import EvaluationSummary, evaluate_source
+from slime_async.actors.evaluate import EvaluationSummary, evaluate_checkpoint, evaluate_source
 from slime_async.actors.rollout import Rollout, RolloutSettings
-from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedEngine, says
+from slime_async.config.schema import Config
+from slime_async.demo.model import make_checkpoint
+from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedEngine, ScriptedProcess, says
 
 
 class Games:
@@ -69,3 +73,34 @@ def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
 def test_an_evaluation_of_no_tasks_is_refused() -> None:
     with pytest.raises(ValueError, match="num_tasks = 0"):
         evaluate([1.0], 0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    make_checkpoint(tmp_path, seed=0)
+    return tmp_path
+
+
+SORTING = Config.model_validate(
+    {
+        "task": {
+            "reward": "slime_async.demo.sorting:reward",
+            "evaluation": {"held-out": {"factory": "slime_async.demo.sorting:held_out"}},
+        }
+    }
+)
+
+
+def test_a_checkpoint_is_evaluated_on_an_engine_that_is_closed_afterwards(checkpoint: Path) -> None:
+    engine = ScriptedProcess([says("0")])
+    summary = asyncio.run(evaluate_checkpoint(SORTING, checkpoint, "held-out", 5, engine))
+    assert summary == EvaluationSummary(accuracy=0.0, mean_reward=0.0, failed=0, tasks=5)
+    assert engine.state == "closed"
+
+
+def test_an_engine_without_weights_is_refused_and_closed(checkpoint: Path) -> None:
+    engine = ScriptedProcess([says("0")])
+    engine.weights = None
+    with pytest.raises(EngineError, match="engine scripted holds no weights"):
+        asyncio.run(evaluate_checkpoint(SORTING, checkpoint, "held-out", 5, engine))
+    assert engine.state == "closed"
