@@ -102,6 +102,7 @@ class Engine(Protocol):
     async def generate(self, request: GenerateRequest) -> Generation:
         """Sample one answer. Waits while the engine is paused or has no weights.
 
+        Cancelling the call ends the request in the engine, too: episodes have deadlines.
         Raises ``ValueError`` for token ids outside the vocabulary, an empty prompt or a prompt too long for the
         context; ``EngineError`` when the engine died.
         """

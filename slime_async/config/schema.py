@@ -62,7 +62,7 @@ class TaskConfig(Section):
     generate: str = "slime_async.actors.single_turn:generate"
     """module:async function (task, policy) that plays one episode"""
     reward: str = ""
-    """module:function (task, answer text) that judges an episode of ``generate``'s single-turn default"""
+    """module:function (task content, answer text, finish reason) → float; the single-turn default needs it"""
     epochs: PositiveInt | None = None
     """Passes over the training sources; endless when not set"""
     shuffle: bool = True
@@ -102,6 +102,8 @@ class ActorConfig(Section):
     """How often one dead actor is started again before the run fails"""
     startup_timeout_s: PositiveFloat = 600.0
     """Until an engine is up"""
+    episode_timeout_s: PositiveFloat = 600.0
+    """An episode that takes longer fails, is counted, and its sample is granted again"""
     delay_s: float = Field(0.0, ge=0)
     """Artificial latency before each delivery, for tests and benchmarks of staleness"""
 

@@ -1,0 +1,85 @@
+"""The demo's model: a Qwen3 of 0.43M parameters with fresh weights, written as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, Qwen3Config
+
+from slime_async.demo.tokenizer import EOS, PAD, VOCABULARY, make_tokenizer
+
+KEY_VALUE_HEADS = 1
+EMBEDDING_STD = 0.02
+RESIDUAL_GAIN = 0.5
+"""Projections that write to the residual stream start smaller, so that it does not grow with depth at first."""
+
+
+def make_config() -> Qwen3Config:
+    """Qwen3's shape in small: grouped queries (3 heads on 1), QK-norm, SwiGLU, tied embeddings."""
+    return Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        head_dim=32,
+        intermediate_size=288,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY.index(EOS),
+        pad_token_id=VOCABULARY.index(PAD),
+        dtype="float32",
+        architectures=["Qwen3ForCausalLM"],
+    )
+
+
+def make_checkpoint(directory: Path | str, seed: int) -> None:
+    """Write config, weights drawn from ``seed`` (fp32) and tokenizer into ``directory``, for ``from_pretrained``."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = make_config()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: _initial(name, shape, generator) for name, shape in _shapes(config)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    GenerationConfig.from_dict({"do_sample": True, **ends}).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+
+
+def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Norms start at 1, matrices Gaussian with variance 1 / fan-in (less for residual projections)."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    if "embed_tokens" in name:
+        std = EMBEDDING_STD
+    else:
+        std = (RESIDUAL_GAIN if "o_proj" in name or "down_proj" in name else 1.0) / math.sqrt(shape[1])
+    return std * torch.randn(shape, generator=generator)
+
+
+def _shapes(config: Qwen3Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of ``Qwen3ForCausalLM``'s tensors; building the module itself would take seconds to import."""
+    hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, KEY_VALUE_HEADS * head
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.self_attn.q_proj.weight", (queries, hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.q_norm.weight", (head,)
+        yield f"{prefix}.self_attn.k_norm.weight", (head,)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        yield f"{prefix}.mlp.gate_proj.weight", (ffn, hidden)
+        yield f"{prefix}.mlp.up_proj.weight", (ffn, hidden)
+        yield f"{prefix}.mlp.down_proj.weight", (hidden, ffn)
+    yield "model.norm.weight", (hidden,)
