@@ -57,19 +57,22 @@ class _TokenLogProbs(torch.autograd.Function):
             chosen[rows] = sums[1]
             mean[rows] = sums[2] / sums[0]
         ctx.save_for_backward(logits, column, mine, log_z, mean)
-        ctx.scale, ctx.real, ctx.entropy = scale, real, entropy
+        ctx.scale, ctx.real = scale, real
+        ctx.set_materialize_grads(False)  # no gradient of the entropy is the common case, and costs nothing then
         return chosen - log_z, log_z - mean
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprob, grad_entropy = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, column, mine, log_z, mean = ctx.saved_tensors
+        grad_logprob, grad_entropy = grads
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(log_z)
         grad = torch.empty_like(logits)
         for rows in _chunks(logits):
             z = _scaled(logits[rows], ctx.scale, ctx.real)
             p = (z - log_z[rows, None]).exp_()
             slope = -grad_logprob[rows, None]
-            if ctx.entropy:  # dH/dz = −p (z − Σ p z)
+            if grad_entropy is not None:  # dH/dz = −p (z − Σ p z)
                 slope = slope - grad_entropy[rows, None] * (z.masked_fill(p == 0, 0.0) - mean[rows, None])
             p *= slope
             p.scatter_add_(1, column[rows, None], torch.where(mine[rows], grad_logprob[rows], 0.0)[:, None])

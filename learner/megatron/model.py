@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _ddp_and_optimizer(
     config: Config, model_config: TransformerConfig, module: GPTModel, options: MegatronOptions, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | options.ddp)
-    ddp = DistributedDataParallel(model_config, ddp_config, module)
+    ddp = DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module)
     learner = config.learner
     ours = {
         "lr": learner.learning_rate,
@@ -160,7 +161,7 @@ def _ddp_and_optimizer(
         "adam_beta1": learner.adam_beta1,
         "adam_beta2": learner.adam_beta2,
         "adam_eps": learner.adam_eps,
-        "clip_grad": learner.clip_grad,
+        "clip_grad": learner.clip_grad or math.inf,  # at 0 Megatron would not even compute the norm
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
     }

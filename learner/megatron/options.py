@@ -47,6 +47,7 @@ _OWNED: dict[str, str] = {
     **dict.fromkeys(
         "virtual_pipeline_model_parallel_size use_megatron_fsdp use_custom_fsdp mtp_num_layers "
         "heterogeneous_block_specs average_in_collective moe_expert_capacity_factor hybrid_context_parallel "
+        "overlap_param_gather align_param_gather overlap_param_gather_with_optimizer_step "
         "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout".split(),
         _NOT_SUPPORTED,
     ),

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slime_async.learner.megatron.architecture import Architecture
-from slime_async.learner.megatron.naming import Unit, global_name, units
+from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
 from slime_async.protocol import TensorSpec, WeightManifest
 
 
@@ -81,7 +81,7 @@ class WeightMap:
         checkpoint = _Checkpoint(directory)
         for name, parameter in self._parameters.items():
             # a tied model's last pipeline stage has its own copy of the embedding, under the output layer's name
-            unit = self._units.get(name) or self._units["embedding.word_embeddings.weight"]
+            unit = self._units[EMBEDDING if name == OUTPUT and self._architecture.tied else name]
             rank, size = _tensor_parallel(unit)
             parts = [
                 checkpoint.read(n, shape, unit.split, rank, size)
@@ -150,8 +150,8 @@ class WeightMap:
         stages = parallel_state.get_pipeline_model_parallel_group()
         if stages.size() > 1:
             last = stages.size() - 1
-            stage = unit.layer // self._layers_per_stage if unit.layer is not None else last
-            hops.append((stages, 0 if unit.name.startswith("embedding.") else stage))
+            stage = 0 if unit.name == EMBEDDING else last if unit.layer is None else unit.layer // self._layers_per_stage
+            hops.append((stages, stage))
         return hops
 
     def _shard_shapes(self, unit: Unit, size: int) -> list[tuple[int, ...]]:
