@@ -181,7 +181,7 @@ class Trainer:
         return self._model.weights.manifest()
 
     def save_hf(self, directory: Path) -> None:
-        """Write an ordinary Hugging Face checkpoint; every rank calls this, rank 0 writes, all return when it is done."""
+        """Write an ordinary Hugging Face checkpoint; every rank calls this, rank 0 writes, all wait for it."""
         writes = dist.get_rank() == 0
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.export() if writes}
         if writes:

@@ -95,7 +95,7 @@ class Architecture:
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:
-    unsupported = {
+    unsupported: dict[str, tuple[Any, ...]] = {
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
         "use_sliding_window": (False, None),
@@ -106,7 +106,9 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
     for key, accepted in unsupported.items():
         value = config.get(key, accepted[0])
         if value not in accepted:
-            raise ValueError(f"config.json has {key} = {value!r}, which the learner cannot train (only {accepted[0]!r})")
+            raise ValueError(
+                f"config.json has {key} = {value!r}, which the learner cannot train (only {accepted[0]!r})"
+            )
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, float | None]:

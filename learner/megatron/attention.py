@@ -54,7 +54,7 @@ class AttentionPlan:
 
 
 @dataclass
-class PackedSequences(PackedSeqParams):
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a packed batch, with our plan for it."""
 
     plan: AttentionPlan | None = None
@@ -151,7 +151,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
         """[N · Q, heads, dim]"""
         q, k, v = (
-            x.index_select(0, rows).unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
+            x.index_select(0, rows).view(bucket.sequences, -1, *x.shape[1:]).transpose(1, 2)
             for x, rows in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
         )
         out = F.scaled_dot_product_attention(
@@ -168,7 +168,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
             else:
                 key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
         ends = packed.cu_seqlens_q.to(query.device, non_blocking=True)
-        return varlen_attn(query, key, value, ends, ends, packed.max_seqlen_q, packed.max_seqlen_kv, **options)
+        out = varlen_attn(query, key, value, ends, ends, packed.max_seqlen_q, packed.max_seqlen_kv, **options)
+        assert isinstance(out, Tensor), "only asked for the output"
+        return out
 
 
 def has_varlen_kernel(dtype: torch.dtype, cp_size: int) -> bool:

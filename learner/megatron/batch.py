@@ -75,9 +75,7 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _columns(
-    starts: NDArray[np.int64], lengths: list[int], real_lengths: list[int], cp_size: int
-) -> NDArray[np.int64]:
+def _columns(starts: NDArray[np.int64], lengths: list[int], real_lengths: list[int], cp_size: int) -> NDArray[np.int64]:
     """Where each column lies among the log-probs of all context-parallel ranks, one rank after the other."""
     if cp_size == 1:
         place = np.arange(starts[-1])

@@ -116,7 +116,7 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     token_dispatcher = sys.modules.get("megatron.core.transformer.moe.token_dispatcher")
     if token_dispatcher is not None:
@@ -134,7 +134,7 @@ def types_named_as_on_cuda(parameters: Iterable[torch.nn.Parameter]) -> Iterator
     named = [] if torch.cuda.is_available() else list(parameters)
     for parameter in named:
         spelt = parameter.type().replace("torch.", "torch.cuda.")
-        parameter.type = lambda *_, spelt=spelt: spelt  # type: ignore[method-assign,assignment]
+        parameter.type = lambda *_, spelt=spelt: spelt  # type: ignore[method-assign]
     try:
         yield
     finally:

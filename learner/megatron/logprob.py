@@ -26,7 +26,9 @@ def token_logprobs(
     ``logits`` [T, V/tp] are this rank's columns; columns at and beyond ``vocab_size`` pad the vocabulary and get no
     probability.
     """
-    logprobs, entropies = _TokenLogProbs.apply(logits, targets, 1.0 / temperature, vocab_size, group, entropy)
+    logprobs, entropies = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
+        logits, targets, 1.0 / temperature, vocab_size, group, entropy
+    )
     return logprobs, (entropies if entropy else None)
 
 

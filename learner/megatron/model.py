@@ -108,7 +108,6 @@ def transformer_config(model: Architecture, options: MegatronOptions, dtype: tor
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
-        "perform_initialization": False,  # every weight comes from the checkpoint
         "use_cpu_initialization": not torch.cuda.is_available(),
         "variable_seq_lengths": True,  # packed batches differ in length, and pipeline stages must learn of it
         "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths

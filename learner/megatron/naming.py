@@ -96,9 +96,7 @@ def _mlp_units(model: Architecture, layer: int) -> Iterator[Unit]:
         yield from _swiglu_units(*names, hidden, experts.hidden_size, layer, i)
 
 
-def _swiglu_units(
-    ours: str, theirs: str, hidden: int, inner: int, layer: int, expert: int | None
-) -> Iterator[Unit]:
+def _swiglu_units(ours: str, theirs: str, hidden: int, inner: int, layer: int, expert: int | None) -> Iterator[Unit]:
     gate_up = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
     shapes = ((inner, hidden), (inner, hidden))
     yield Unit(ours + "linear_fc1.weight", gate_up, shapes, "gate_up", "rows", layer, expert)

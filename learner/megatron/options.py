@@ -17,41 +17,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slime_async.learner.megatron.architecture import Architecture
-
-_FROM_CHECKPOINT = "it follows from the checkpoint's config.json"
-_FROM_LEARNER = "the learner sets it"
-_NOT_SUPPORTED = "the learner does not support it"
-
-_OWNED: dict[str, str] = {
-    **dict.fromkeys(
-        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size layernorm_epsilon "
-        "normalization gated_linear_unit activation_func add_bias_linear add_qkv_bias qk_layernorm num_moe_experts "
-        "moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax moe_router_score_function moe_layer_freq "
-        "multi_latent_attention rotary_interleaved".split(),
-        _FROM_CHECKPOINT,
-    ),
-    **dict.fromkeys("params_dtype bf16 fp16 pipeline_dtype".split(), "set model.dtype"),
-    **dict.fromkeys("lr min_lr decoupled_lr decoupled_min_lr".split(), "set learner.learning_rate"),
-    **{f"adam_{x}": f"set learner.adam_{x}" for x in ("beta1", "beta2", "eps")},
-    **{x: f"set learner.{x}" for x in ("weight_decay", "clip_grad")},
-    **dict.fromkeys(
-        "calculate_per_token_loss variable_seq_lengths use_cpu_initialization perform_initialization timers "
-        "finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func".split(),
-        _FROM_LEARNER,
-    ),
-    **dict.fromkeys("hidden_dropout attention_dropout".split(), "dropout would make importance ratios random"),
-    **dict.fromkeys(
-        "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff".split(),
-        "an auxiliary loss would be added to the policy's without a denominator",
-    ),
-    **dict.fromkeys(
-        "virtual_pipeline_model_parallel_size use_megatron_fsdp use_custom_fsdp mtp_num_layers "
-        "heterogeneous_block_specs average_in_collective moe_expert_capacity_factor hybrid_context_parallel "
-        "overlap_param_gather align_param_gather overlap_param_gather_with_optimizer_step "
-        "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout".split(),
-        _NOT_SUPPORTED,
-    ),
-}
+from slime_async.learner.megatron.reserved import RESERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +53,13 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
     known = {name for names in by_config.values() for name in names}
     for name, value in options.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known - _OWNED.keys(), 1)
-            hint = f"did you mean '{near[0]}'?" if near else "it is no field of Megatron's model, DDP or optimizer config"
+            near = difflib.get_close_matches(name, known - RESERVED.keys(), 1)
+            hint = (
+                f"did you mean '{near[0]}'?" if near else "it is no field of Megatron's model, DDP or optimizer config"
+            )
             raise ValueError(f"megatron.{name}: {hint}")
-        if name in _OWNED:
-            raise ValueError(f"megatron.{name} cannot be set: {_OWNED[name]}")
+        if name in RESERVED:
+            raise ValueError(f"megatron.{name} cannot be set: {RESERVED[name]}")
         for names in by_config.values():
             _check_type(name, value, names.get(name))
     model, ddp, optimizer = ({k: v for k, v in options.items() if k in by_config[config]} for config in _CONFIGS)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from slime_async.learner.megatron.options import Layout
 
@@ -33,7 +34,7 @@ def initialize(layout: Layout, seed: int) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if layout.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         else:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     parallel_state.initialize_model_parallel(

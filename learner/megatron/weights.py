@@ -37,7 +37,7 @@ class _Checkpoint:
         self._files: dict[str, Any] = {}
         for path in sorted(directory.glob("*.safetensors")):
             handle = safe_open(path, "pt")
-            self._files |= dict.fromkeys(handle.keys(), handle)
+            self._files |= dict.fromkeys(handle.keys(), handle)  # type: ignore[no-untyped-call]
 
     def read(self, name: str, shape: tuple[int, ...], split: str, rank: int, size: int) -> Tensor:
         """Part ``rank`` of ``size`` of a tensor; the last parts are short or empty when rows do not divide."""
@@ -96,7 +96,7 @@ class WeightMap:
         """This rank's slices of the Hugging Face tensors → this rank's Megatron tensor."""
         if unit.fusion == "qkv":
             groups = self._architecture.groups // size
-            return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+            return torch.cat([part.view(groups, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -119,12 +119,12 @@ class WeightMap:
     def _split_qkv(self, fused: Tensor) -> list[Tensor]:
         model = self._architecture
         rows = [model.heads // model.groups * model.head_dim, model.head_dim, model.head_dim]
-        return [x.flatten(0, 1) for x in fused.unflatten(0, (model.groups, -1)).split(rows, 1)]
+        return [x.flatten(0, 1) for x in torch.split(fused.view(model.groups, -1, *fused.shape[1:]), rows, 1)]
 
     def _gather(self, unit: Unit) -> list[Tensor]:
         """The shards of all tensor-parallel ranks, on every rank: over tensor, then expert, then pipeline ranks."""
-        owner = self._owner(unit)
-        rank, size = _tensor_parallel(unit)
+        route = self._route(unit)
+        _, size = _tensor_parallel(unit)
         parameter = self._parameters.get(unit.name)
         shard = torch.empty(0) if parameter is None else parameter.detach()
         if unit.split != "none" and size > 1 and parameter is not None:
@@ -135,13 +135,13 @@ class WeightMap:
             shards = [shard]
         if parameter is None:
             shards = [torch.empty(s, dtype=self._dtype, device=self._device) for s in self._shard_shapes(unit, size)]
-        for group, source in owner:
+        for group, source in route:
             for i, tensor in enumerate(shards):
                 shards[i] = tensor.contiguous()
                 dist.broadcast(shards[i], dist.get_global_rank(group, source), group=group)
         return shards
 
-    def _owner(self, unit: Unit) -> list[tuple[dist.ProcessGroup, int]]:
+    def _route(self, unit: Unit) -> list[tuple[dist.ProcessGroup, int]]:
         """The groups over which a unit has to travel, with the rank in each that holds it."""
         hops = []
         expert_group = parallel_state.get_expert_model_parallel_group()
@@ -150,7 +150,9 @@ class WeightMap:
         stages = parallel_state.get_pipeline_model_parallel_group()
         if stages.size() > 1:
             last = stages.size() - 1
-            stage = 0 if unit.name == EMBEDDING else last if unit.layer is None else unit.layer // self._layers_per_stage
+            stage = (
+                0 if unit.name == EMBEDDING else last if unit.layer is None else unit.layer // self._layers_per_stage
+            )
             hops.append((stages, stage))
         return hops
 
@@ -175,6 +177,9 @@ def _tensor_parallel(unit: Unit) -> tuple[int, int]:
 
 
 def _tensor_parallel_group(unit: Unit) -> dist.ProcessGroup:
-    if unit.expert is not None:
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = (
+        parallel_state.get_tensor_model_parallel_group()
+        if unit.expert is None
+        else parallel_state.get_expert_tensor_parallel_group()
+    )
+    return group

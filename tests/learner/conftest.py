@@ -38,7 +38,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "qwen3-untied": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "llama3": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE),
+    "llama3": lambda: LlamaConfig(
+        **SHAPE | {"max_position_embeddings": 16384}, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE
+    ),
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
     ),
