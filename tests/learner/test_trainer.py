@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from layout_job import train_sequences
+from tiny_checkpoints import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from slime_async.learner.sequences import split_minibatches

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tiny_checkpoints import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from slime_async.learner.megatron.architecture import Architecture
