@@ -1,0 +1,1 @@
+"""megatron-core as the learner's backend: options, model, packed batches, weights in and out."""

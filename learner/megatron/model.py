@@ -1,0 +1,178 @@
+"""Builds one rank's part of the model: GPTModel, Megatron's DDP and optimizer, with Hugging Face weights loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from slime_async.config.schema import Config
+from slime_async.learner.megatron import compat
+from slime_async.learner.megatron.architecture import Architecture
+from slime_async.learner.megatron.attention import has_varlen_kernel
+from slime_async.learner.megatron.layers import block_spec, has_transformer_engine
+from slime_async.learner.megatron.options import Layout, MegatronOptions, check_layout, parse_options
+from slime_async.learner.megatron.parallel import initialize, world_size_from_environment
+from slime_async.learner.megatron.weights import WeightMap
+
+
+@dataclass(frozen=True)
+class LearnerModel:
+    """One rank's part of the model and what belongs to it."""
+
+    architecture: Architecture
+    layout: Layout
+    config: TransformerConfig
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    weights: WeightMap
+    device: torch.device
+    dense_attention: bool
+    """Whether attention takes an ``AttentionPlan``"""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return bool(parallel_state.is_pipeline_last_stage())
+
+    @property
+    def alignment(self) -> int:
+        """Lengths of packed sequences must divide by this: 2 · cp, or 1."""
+        return 2 * self.layout.context if self.layout.context > 1 else 1
+
+
+def build_model(config: Config, checkpoint: Path) -> LearnerModel:
+    """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed."""
+    architecture = Architecture.read(checkpoint)
+    options = parse_options(config.megatron, world_size_from_environment())
+    check_layout(options.layout, architecture, config.megatron)
+    compat.install()
+    device = initialize(options.layout, config.run.seed)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    model_config = transformer_config(architecture, options, dtype)
+    module = _gpt_model(architecture, model_config, options.layout)
+    layers = architecture.layers // options.layout.pipeline
+    first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
+    WeightMap(architecture, module, first_layer, layers).load(checkpoint)
+    ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)
+    return LearnerModel(
+        architecture=architecture,
+        layout=options.layout,
+        config=model_config,
+        ddp=ddp,
+        optimizer=optimizer,
+        weights=WeightMap(architecture, module, first_layer, layers),
+        device=device,
+        dense_attention=not (has_transformer_engine() or has_varlen_kernel(dtype, options.layout.context)),
+    )
+
+
+def transformer_config(model: Architecture, options: MegatronOptions, dtype: torch.dtype) -> TransformerConfig:
+    """What the checkpoint and our way of training say, and then the user's own fields."""
+    fused = torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.groups,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "layernorm_epsilon": model.norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "variable_seq_lengths": True,  # packed batches differ in length, and pipeline stages must learn of it
+        "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths
+        "calculate_per_token_loss": True,  # the loss is over global denominators already: DDP only adds up
+    }
+    if model.experts is not None:
+        fields |= {
+            "num_moe_experts": model.experts.count,
+            "moe_router_topk": model.experts.per_token,
+            "moe_ffn_hidden_size": model.experts.hidden_size,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": not model.experts.normalized,
+            "moe_router_dtype": "fp32",
+        }
+    return TransformerConfig(**fields | options.model)
+
+
+def padded_vocabulary(model: Architecture, layout: Layout) -> int:
+    """Rows of embedding and output layer over all tensor-parallel ranks."""
+    return -(-model.vocab_size // layout.tensor) * layout.tensor
+
+
+def _gpt_model(model: Architecture, config: TransformerConfig, layout: Layout) -> GPTModel:
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=padded_vocabulary(model, layout),
+        max_sequence_length=model.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+        rope_scaling=model.rope_factor is not None,
+        rope_scaling_factor=model.rope_factor or 1.0,
+        share_embeddings_and_output_weights=model.tied,
+    )
+    return module.to(config.params_dtype).cuda()
+
+
+def _ddp_and_optimizer(
+    config: Config, model_config: TransformerConfig, module: GPTModel, options: MegatronOptions, dtype: torch.dtype
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | options.ddp)
+    ddp = DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module)
+    learner = config.learner
+    ours = {
+        "lr": learner.learning_rate,
+        "weight_decay": learner.weight_decay,
+        "adam_beta1": learner.adam_beta1,
+        "adam_beta2": learner.adam_beta2,
+        "adam_eps": learner.adam_eps,
+        "clip_grad": learner.clip_grad or math.inf,  # at 0 Megatron would not even compute the norm
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+    }
+    with compat.types_named_as_on_cuda(ddp.parameters()):
+        optimizer = get_megatron_optimizer(OptimizerConfig(**ours | options.optimizer), [ddp])
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = _add_up_gradients
+    if ddp_config.overlap_grad_reduce:
+        model_config.no_sync_func = ddp.no_sync
+    return ddp, optimizer
+
+
+def _add_up_gradients(model: list[Any], _num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
+    """Megatron's reduction without its division by a token count."""
+    finalize_model_grads(model, None, **groups)

@@ -1,0 +1,185 @@
+"""Hugging Face weights in and out of a model in any layout.
+
+Loading reads only this rank's slices and needs no communication. Export is a collective: every rank calls it and gets
+every whole tensor, in the manifest's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from safetensors import safe_open
+from torch import Tensor
+
+from slime_async.learner.megatron.architecture import Architecture
+from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
+from slime_async.protocol import TensorSpec, WeightManifest
+
+
+def manifest(model: Architecture, dtype: torch.dtype) -> WeightManifest:
+    """What an export of this model carries; the same for every layout."""
+    name = str(dtype).removeprefix("torch.")
+    pairs = ((n, s) for unit in units(model) for n, s in zip(unit.hf_names, unit.hf_shapes, strict=True))
+    return WeightManifest(tuple(TensorSpec(n, name, s) for n, s in pairs))
+
+
+class _Checkpoint:
+    """The safetensors files of a directory, opened lazily and read by slices."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, Any] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            handle = safe_open(path, "pt")
+            self._files |= dict.fromkeys(handle.keys(), handle)  # type: ignore[no-untyped-call]
+
+    def read(self, name: str, shape: tuple[int, ...], split: str, rank: int, size: int) -> Tensor:
+        """Part ``rank`` of ``size`` of a tensor; the last parts are short or empty when rows do not divide."""
+        if name not in self._files:
+            raise ValueError(f"{self._directory} has no tensor {name}: is it a complete safetensors checkpoint?")
+        tensor = self._files[name].get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
+            raise ValueError(f"{name} in {self._directory} has shape {tensor.get_shape()}, config.json says {shape}")
+        if split == "none" or size == 1:
+            whole: Tensor = tensor[:]
+            return whole
+        dim = 0 if split == "rows" else 1
+        step = -(-shape[dim] // size)
+        part = slice(min(rank * step, shape[dim]), min((rank + 1) * step, shape[dim]))
+        sliced: Tensor = tensor[part] if dim == 0 else tensor[:, part]
+        return sliced
+
+
+class WeightMap:
+    """Ties the units of a model to this rank's parameters."""
+
+    def __init__(self, architecture: Architecture, module: torch.nn.Module, first_layer: int, layers: int) -> None:
+        """``module`` is the unwrapped GPTModel of this pipeline stage, whose layers begin at ``first_layer``."""
+        self._architecture = architecture
+        self._units = {unit.name: unit for unit in units(architecture)}
+        experts = architecture.experts.count if architecture.experts else 0
+        self._experts_per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * self._experts_per_rank
+        named = ((global_name(n, first_layer, first_expert), p) for n, p in module.named_parameters())
+        self._parameters = dict(named)
+        self._layers_per_stage = layers
+        parameter = next(module.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+
+    def manifest(self) -> WeightManifest:
+        return manifest(self._architecture, self._dtype)
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Fill this rank's parameters from a checkpoint. Raises ``ValueError`` for missing or misshapen tensors."""
+        checkpoint = _Checkpoint(directory)
+        for name, parameter in self._parameters.items():
+            # a tied model's last pipeline stage has its own copy of the embedding, under the output layer's name
+            unit = self._units[EMBEDDING if name == OUTPUT and self._architecture.tied else name]
+            rank, size = _tensor_parallel(unit)
+            parts = [
+                checkpoint.read(n, shape, unit.split, rank, size)
+                for n, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
+            ]
+            value = self._fuse(unit, parts, size)
+            if unit.padded:
+                value = F.pad(value, (0, 0, 0, parameter.size(0) - value.size(0)))
+            parameter.copy_(value)
+
+    def _fuse(self, unit: Unit, parts: list[Tensor], size: int) -> Tensor:
+        """This rank's slices of the Hugging Face tensors → this rank's Megatron tensor."""
+        if unit.fusion == "qkv":
+            groups = self._architecture.groups // size
+            return torch.cat([part.view(groups, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) in manifest order, on every rank. A collective: run it to the end.
+
+        A tensor may share memory with the model: it is valid until the next optimizer step.
+        """
+        for unit in self._units.values():
+            shards = self._gather(unit)
+            if unit.fusion == "qkv":
+                tensors = self._split_qkv(torch.cat(shards))
+            elif unit.fusion == "gate_up":
+                tensors = [torch.cat(halves) for halves in zip(*(s.chunk(2) for s in shards), strict=True)]
+            else:
+                whole = torch.cat(shards, 1 if unit.split == "columns" else 0) if len(shards) > 1 else shards[0]
+                tensors = [whole[: unit.hf_shapes[0][0]]]
+            yield from zip(unit.hf_names, tensors, strict=True)
+
+    def _split_qkv(self, fused: Tensor) -> list[Tensor]:
+        model = self._architecture
+        rows = [model.heads // model.groups * model.head_dim, model.head_dim, model.head_dim]
+        return [x.flatten(0, 1) for x in torch.split(fused.view(model.groups, -1, *fused.shape[1:]), rows, 1)]
+
+    def _gather(self, unit: Unit) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks, on every rank: over tensor, then expert, then pipeline ranks."""
+        route = self._route(unit)
+        _, size = _tensor_parallel(unit)
+        parameter = self._parameters.get(unit.name)
+        shard = torch.empty(0) if parameter is None else parameter.detach()
+        if unit.split != "none" and size > 1 and parameter is not None:
+            group = _tensor_parallel_group(unit)
+            shards = [torch.empty_like(shard) for _ in range(size)]
+            dist.all_gather(shards, shard.contiguous(), group=group)
+        else:
+            shards = [shard]
+        if parameter is None:
+            shards = [torch.empty(s, dtype=self._dtype, device=self._device) for s in self._shard_shapes(unit, size)]
+        for group, source in route:
+            for i, tensor in enumerate(shards):
+                shards[i] = tensor.contiguous()
+                dist.broadcast(shards[i], dist.get_global_rank(group, source), group=group)
+        return shards
+
+    def _route(self, unit: Unit) -> list[tuple[dist.ProcessGroup, int]]:
+        """The groups over which a unit has to travel, with the rank in each that holds it."""
+        hops = []
+        expert_group = parallel_state.get_expert_model_parallel_group()
+        if unit.expert is not None and expert_group.size() > 1:
+            hops.append((expert_group, unit.expert // self._experts_per_rank))
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() > 1:
+            last = stages.size() - 1
+            stage = (
+                0 if unit.name == EMBEDDING else last if unit.layer is None else unit.layer // self._layers_per_stage
+            )
+            hops.append((stages, stage))
+        return hops
+
+    def _shard_shapes(self, unit: Unit, size: int) -> list[tuple[int, ...]]:
+        rows = sum(shape[0] for shape in unit.hf_shapes)
+        rest = unit.hf_shapes[0][1:]
+        if unit.split == "none":
+            return [(rows, *rest)]
+        if unit.split == "rows":
+            return [(-(-rows // size), *rest)] * size
+        return [(rows, rest[0] // size)] * size
+
+
+def _tensor_parallel(unit: Unit) -> tuple[int, int]:
+    """This rank's place in the unit's tensor-parallel group, and the group's size."""
+    if unit.expert is not None:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _tensor_parallel_group(unit: Unit) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = (
+        parallel_state.get_tensor_model_parallel_group()
+        if unit.expert is None
+        else parallel_state.get_expert_tensor_parallel_group()
+    )
+    return group

@@ -1,0 +1,270 @@
+"""One rank of the learner: trains on batches of trajectories, and hands out weights.
+
+::
+
+    sequences ─► minibatches (one per optimizer step) ─► microbatches of this DP rank ─► logits ─► log π_θ
+                                                                                             │
+    log π_prox, log π_ref, batch statistics: before the first step, on the whole batch ─► policy_loss ─► Megatron's
+                                                                                             DDP and optimizer
+
+All ranks call the same methods with the same arguments: each works on its own share and all return the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slime_async.config.schema import Config
+from slime_async.correction import (
+    BatchStatistics,
+    Denominators,
+    MetricSums,
+    batch_statistics,
+    policy_loss,
+)
+from slime_async.learner.megatron.batch import Microbatch, column_logprobs, make_microbatch
+from slime_async.learner.megatron.model import LearnerModel, build_model
+from slime_async.learner.megatron.optimization import (
+    TrainingState,
+    copy_parameters,
+    copy_state,
+    forget_moments,
+    optimize,
+    parameters_as,
+    restore_state,
+)
+from slime_async.learner.megatron.parallel import shut_down, sum_over_data_and_pipeline
+from slime_async.learner.megatron.saving import write_checkpoint
+from slime_async.learner.megatron.schedule import run_microbatches
+from slime_async.learner.sequences import (
+    Columns,
+    StepResult,
+    TrainSequence,
+    policy_batch,
+    split_minibatches,
+)
+from slime_async.packing import pack
+from slime_async.protocol import WeightManifest
+
+__all__ = ["StepResult", "TrainSequence", "Trainer"]
+
+
+class Trainer:
+    """One rank of the learner."""
+
+    def __init__(self, config: Config, model: LearnerModel, checkpoint: Path) -> None:
+        self._config = config
+        self._model = model
+        self._checkpoint = checkpoint
+        self._temperature = config.sampling.temperature or 1.0  # greedy sampling reports those at 1
+        self._learning_rate = config.learner.learning_rate
+        self._steps = 0
+        self._reference: list[Tensor] | None = None
+
+    @classmethod
+    def build(cls, config: Config, checkpoint: Path) -> Trainer:
+        """Join the other ranks that torchrun started (none is needed for one), and load Hugging Face weights.
+
+        Raises ``ValueError`` for options, layouts and checkpoints that cannot work.
+        """
+        return cls(config, build_model(config, checkpoint), checkpoint)
+
+    @property
+    def model(self) -> LearnerModel:
+        """For distributed checkpoints."""
+        return self._model
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Since the optimizer began; what the warm-up counts."""
+        return self._steps
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        shut_down()
+
+    def train_policy(self, sequences: Sequence[TrainSequence], version: int) -> StepResult:
+        """Train one batch on the weights of ``version``, in ``learner.optimizer_steps`` optimizer steps.
+
+        π_prox is the policy before the first step. Where neither KL nor entropy is in the loss, a sequence whose
+        advantage is 0 everywhere has no gradient: it is counted in the denominators, but not computed.
+        """
+        algorithm, learner = self._config.algorithm, self._config.learner
+        minibatches = split_minibatches([s.group for s in sequences], learner.optimizer_steps)
+        needs_prox = algorithm.prox == "recompute" and (learner.optimizer_steps > 1 or algorithm.needs_batch_statistics)
+        prox = self.logprobs([s.token_ids for s in sequences]) if needs_prox else None
+        reference = self._reference_logprobs(sequences, version)
+        statistics = None
+        if algorithm.needs_batch_statistics:
+            statistics = batch_statistics(algorithm, [policy_batch(sequences, prox, None, torch.device("cpu"))])
+        steps = [self._policy_step(sequences, indices, prox, reference, statistics) for indices in minibatches]
+        losses, norms, computed, counted, sums = zip(*steps, strict=True)
+        merged = MetricSums.zero(self._model.device)
+        for part in sums:
+            merged = merged.merge(part)
+        return StepResult(
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            learning_rate=self._warmed_up_rate(self._steps - 1),
+            tokens_computed=sum(computed),
+            tokens_counted=sum(counted),
+            metrics=merged.finalise(),
+        )
+
+    def train_supervised(
+        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]], learning_rate: float
+    ) -> StepResult:
+        """One optimizer step on the mean negative log-likelihood of the tokens in each (token ids, loss mask)."""
+        tokens = [ids for ids, _ in sequences]
+        counted = sum(int(np.count_nonzero(mask[1:])) for _, mask in sequences)
+        total = torch.zeros((), dtype=torch.float64, device=self._model.device)
+
+        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
+            logprobs, _ = column_logprobs(self._model, microbatch, logits, 1.0, entropy=False)
+            masks = [sequences[i][1][1:] for i in microbatch.indices]
+            mask = torch.from_numpy(np.concatenate([*masks, np.zeros(0)])).to(logprobs)
+            share = -(logprobs * mask).sum() / max(counted, 1)
+            total.add_(share.detach())
+            return share
+
+        microbatches = self._share(tokens, range(len(tokens)))
+        norm = optimize(self._model, lambda: run_microbatches(self._model, microbatches, loss), learning_rate)
+        self._steps += 1
+        value = float(sum_over_data_and_pipeline(total))
+        return StepResult(value, norm, learning_rate, sum(map(len, tokens)), counted, {"loss": value})
+
+    def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Log π_θ of every token given those before it, after the sampling temperature: [T] per sequence of token ids.
+
+        Position 0 is 0. Every rank gets all sequences.
+        """
+        ends = np.cumsum([len(s) for s in sequences])
+        flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self._model.device)
+
+        def collect(microbatch: Microbatch, logits: Tensor) -> Tensor:
+            columns, _ = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=False)
+            spans = [np.arange(ends[i] - len(sequences[i]) + 1, ends[i]) for i in microbatch.indices]
+            rows = torch.from_numpy(np.concatenate([*spans, np.zeros(0, dtype=np.int64)]))
+            flat[rows.to(flat.device)] = columns.detach()
+            return columns.sum()
+
+        with torch.no_grad():
+            microbatches = self._share(sequences, range(len(sequences)))
+            run_microbatches(self._model, microbatches, collect, forward_only=True)
+        values: NDArray[np.float32] = sum_over_data_and_pipeline(flat).cpu().numpy()
+        return np.split(values, ends[:-1]) if len(ends) else []
+
+    def hold_reference(self) -> None:
+        """The weights as they are now become π_ref, which the KL term is against.
+
+        ``train_policy`` does this by itself at version 0; a run that resumes later calls it with those weights loaded.
+        """
+        self._reference = copy_parameters(self._model)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) in the manifest's order. A collective: every rank runs it to the end.
+
+        A tensor may share the model's memory: it holds until the next optimizer step.
+        """
+        return self._model.weights.export()
+
+    def manifest(self) -> WeightManifest:
+        """What ``export`` yields; the same for every layout."""
+        return self._model.weights.manifest()
+
+    def save_hf(self, directory: Path) -> None:
+        """Write an ordinary Hugging Face checkpoint; every rank calls this, rank 0 writes, all wait for it."""
+        writes = dist.get_rank() == 0
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.export() if writes}
+        if writes:
+            write_checkpoint(directory, self._checkpoint, tensors, self._config.model.dtype)
+        dist.barrier()
+
+    def snapshot_state(self) -> TrainingState:
+        """A copy, in memory, of weights, moments and schedule."""
+        return copy_state(self._model, self._steps, self._learning_rate)
+
+    def restore_state(self, state: TrainingState) -> None:
+        """Go back: training then goes on bitwise as it did after the snapshot."""
+        restore_state(self._model, state)
+        self._steps, self._learning_rate = state.steps, state.learning_rate
+
+    def reset_optimizer(self, learning_rate: float) -> None:
+        """Fresh moments, and the warm-up from its beginning: RL after a supervised phase."""
+        forget_moments(self._model)
+        self._steps, self._learning_rate = 0, learning_rate
+
+    def _policy_step(
+        self,
+        sequences: Sequence[TrainSequence],
+        minibatch: Sequence[int],
+        prox: Columns | None,
+        reference: Columns | None,
+        statistics: BatchStatistics | None,
+    ) -> tuple[float, float, int, int, MetricSums]:
+        """One optimizer step; loss, gradient norm, tokens computed and counted, metric sums of all ranks."""
+        algorithm = self._config.algorithm
+        sampled = [sequences[i].sampled_tokens for i in minibatch]
+        denominators = Denominators(tokens=sum(sampled), sequences=sum(n > 0 for n in sampled))
+        skips = algorithm.kl_coef == 0 and algorithm.entropy_coef == 0
+        computed = [i for i in minibatch if sequences[i].has_advantage or not skips]
+        total = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        sums = [MetricSums.zero(self._model.device)]
+
+        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
+            current, entropy = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=True)
+            chosen = microbatch.indices
+            batch = policy_batch(
+                [sequences[i] for i in chosen],
+                None if prox is None else [prox[i] for i in chosen],
+                None if reference is None else [reference[i] for i in chosen],
+                self._model.device,
+            )
+            result = policy_loss(algorithm, current, entropy, batch, denominators, statistics)
+            total.add_(result.loss.detach())
+            sums[0] = sums[0].merge(result.sums)
+            return result.loss
+
+        microbatches = self._share([s.token_ids for s in sequences], computed)
+        rate = self._warmed_up_rate(self._steps)
+        norm = optimize(self._model, lambda: run_microbatches(self._model, microbatches, loss), rate)
+        self._steps += 1
+        joined = MetricSums(
+            sum_over_data_and_pipeline(sums[0].sums),
+            sum_over_data_and_pipeline(sums[0].maxima, dist.ReduceOp.MAX),
+        )
+        tokens = sum(len(sequences[i].token_ids) for i in computed)
+        return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined
+
+    def _share(self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int]) -> list[Microbatch]:
+        """This DP rank's microbatches of the chosen sequences."""
+        lengths = [-(-len(tokens[i]) // self._model.alignment) * self._model.alignment for i in indices]
+        packing = pack(lengths, self._config.learner.microbatch_tokens, parallel_state.get_data_parallel_world_size())
+        mine = packing.ranks[parallel_state.get_data_parallel_rank()]
+        chosen = [[indices[i] for i in microbatch] for microbatch in mine]
+        return [make_microbatch(self._model, m, [tokens[i] for i in m]) for m in chosen]
+
+    def _reference_logprobs(self, sequences: Sequence[TrainSequence], version: int) -> Columns | None:
+        if not self._config.algorithm.needs_reference:
+            return None
+        if self._reference is None and version == 0:
+            self.hold_reference()
+        if self._reference is None:
+            raise ValueError(
+                f"algorithm.kl_coef > 0 at version {version}, but the reference weights (version 0) are not held: "
+                "load them and call hold_reference() before resuming"
+            )
+        with parameters_as(self._model, self._reference):
+            return self.logprobs([s.token_ids for s in sequences])
+
+    def _warmed_up_rate(self, step: int) -> float:
+        warmup = self._config.learner.warmup_steps
+        return self._learning_rate * min(1.0, (step + 1) / warmup) if warmup else self._learning_rate

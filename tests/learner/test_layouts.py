@@ -1,0 +1,109 @@
+"""Every layout trains the same model: real processes against one rank, on the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_job import config_for, run
+from safetensors.torch import load_file
+
+JOB = Path(__file__).with_name("layout_job.py")
+DEADLINE_S = 100.0
+
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "DP2": {"use_distributed_optimizer": True},
+    "CP2": {"context_parallel_size": 2},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_ranks(ranks: int, checkpoint: Path, out: Path, layouts: list[dict[str, Any]]) -> None:
+    """One process per rank, all layouts in turn; any that fails or exceeds the deadline fails the test."""
+    out.mkdir()
+    arguments = [json.dumps(layout | {"port": free_port()}) for layout in layouts]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(JOB), str(checkpoint), str(out), *arguments]
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    got, want = (json.loads(p.with_suffix(".json").read_text()) for p in (out, expected))
+    for step, (g, w) in enumerate(zip(got, want, strict=True)):
+        metrics, wanted = g.pop("metrics"), w.pop("metrics")
+        assert g == pytest.approx(w, rel=1e-5, abs=1e-6), f"step {step}"
+        assert metrics == pytest.approx(wanted, rel=1e-4, abs=1e-5), f"step {step}"
+    tensors, wanted_tensors = (load_file(p.with_suffix(".safetensors")) for p in (out, expected))
+    assert list(tensors) == list(wanted_tensors)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, wanted_tensors[name], rtol=0, atol=2e-5 if name == "logprobs" else 1e-5)
+
+
+def compare(ranks: int, layouts: list[dict[str, Any]], checkpoint: Path, tmp_path: Path) -> None:
+    run(config_for({}), checkpoint, tmp_path / "one")
+    run_ranks(ranks, checkpoint, tmp_path / "many", layouts)
+    for number in range(len(layouts)):
+        assert_same(tmp_path / "many" / f"layout{number}", tmp_path / "one")
+
+
+def test_two_ranks_in_every_layout_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    compare(2, list(TWO_RANKS.values()), checkpoints("qwen3"), tmp_path)
+
+
+@pytest.mark.slow
+def test_untied_pipeline_and_biased_tensor_parallel_train_as_one(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    compare(2, [TWO_RANKS["PP2"]], checkpoints("llama3"), tmp_path)
+    (tmp_path / "qwen2").mkdir()
+    compare(2, [TWO_RANKS["TP2"]], checkpoints("qwen2"), tmp_path / "qwen2")
+
+
+@pytest.mark.slow
+def test_expert_parallel_ranks_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    layouts = [
+        {"expert_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+        TWO_RANKS["TP2"] | {"expert_tensor_parallel_size": 2},
+        TWO_RANKS["TP2"] | {"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2},
+        TWO_RANKS["PP2"],
+    ]
+    compare(2, layouts, checkpoints("qwen3-moe"), tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    layouts = [
+        TWO_RANKS["TP2"] | TWO_RANKS["PP2"],
+        TWO_RANKS["TP2"] | TWO_RANKS["CP2"],
+        TWO_RANKS["PP2"] | TWO_RANKS["DP2"],
+        TWO_RANKS["CP2"] | TWO_RANKS["DP2"],
+    ]
+    compare(4, layouts, checkpoints("qwen3"), tmp_path)

@@ -1,0 +1,102 @@
+"""Parts of the Megatron backend alone: version, log-probs in chunks, attention plans."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from slime_async.learner.megatron import compat, logprob
+from slime_async.learner.megatron.attention import local_positions, plan_attention
+from slime_async.learner.megatron.logprob import token_logprobs
+
+
+class OneRank:
+    """A process group of one, for code that asks for rank and size."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def test_megatron_core_is_the_release_whose_internals_are_patched() -> None:
+    assert version("megatron-core") == compat.SUPPORTED_VERSION
+
+
+def test_torch_stays_itself_for_everybody_else() -> None:
+    compat.install()
+    from megatron.core.transformer import attention
+
+    assert attention.torch.cuda.current_device() == torch.device("cpu")
+    assert attention.torch.empty(1, device="cuda").device.type == "cpu"
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        torch.cuda.current_device()
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_and_entropy_in_chunks_equal_log_softmax(
+    padding: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_ELEMENTS", 60)
+    torch.manual_seed(0)
+    ours = (torch.randn(11, 17 + padding) * 3).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    targets = torch.randint(0, 17, (11,))
+    group: dist.ProcessGroup = OneRank()  # type: ignore[assignment]
+    logprobs, entropy = token_logprobs(ours, targets, temperature=temperature, vocab_size=17, group=group, entropy=True)
+    assert entropy is not None
+    log_p = (theirs[:, :17] / temperature).log_softmax(-1)
+    expected, expected_entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    assert_close(logprobs, expected)
+    assert_close(entropy, expected_entropy)
+    mix = torch.randn(2, 11)
+    (logprobs @ mix[0] + entropy @ mix[1]).backward()
+    (expected @ mix[0] + expected_entropy @ mix[1]).backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+def test_half_precision_logits_get_half_precision_gradients() -> None:
+    logits = torch.randn(4, 9, dtype=torch.bfloat16, requires_grad=True)
+    group: dist.ProcessGroup = OneRank()  # type: ignore[assignment]
+    logprobs, _ = token_logprobs(logits, torch.arange(4), temperature=1.0, vocab_size=9, group=group, entropy=False)
+    assert logprobs.dtype == torch.float32
+    logprobs.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 3))
+def test_an_attention_plan_shows_each_query_its_own_past_only(chunks: list[int], cp_size: int) -> None:
+    lengths = [2 * cp_size * n for n in chunks]
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.cat([torch.arange(n) for n in lengths])
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    held = [
+        torch.cat([s + torch.from_numpy(local_positions(n, r, cp_size)) for s, n in zip(starts, lengths, strict=True)])
+        for r in range(cp_size)
+    ]
+    gathered = torch.cat(held)
+    for rank in range(cp_size):
+        plan = plan_attention(lengths, rank, cp_size, torch.device("cpu"))
+        seen: dict[int, set[int]] = {}
+        row = 0
+        for bucket in plan.buckets:
+            queries, keys = (x.view(bucket.sequences, -1) for x in (bucket.queries, bucket.keys))
+            shape = (bucket.sequences, 1, queries.size(1), keys.size(1))
+            mask = torch.ones(shape, dtype=torch.bool).tril() if bucket.mask is None else bucket.mask
+            for n in range(bucket.sequences):
+                for q in range(queries.size(1)):
+                    seen[row] = set(gathered[keys[n][mask[n, 0, q]]].tolist())
+                    row += 1
+        for local, token in enumerate(held[rank].tolist()):
+            past = (owner == owner[token]) & (place <= place[token])
+            assert seen[int(plan.restore[local])] == set(past.nonzero()[:, 0].tolist())
