@@ -1,0 +1,197 @@
+"""The process group that carries weights from the learner's source rank (0) to every engine rank.
+
+It lives beside whatever default group the process has (there may be none) and registers nothing globally, so that
+groups come and go as engines do::
+
+    learner                                             engine ranks 1 … n
+    host_group()      ── the spec, told by message ──►
+    WeightGroup.create(spec, 0)  ◄── TCPStore ──►       WeightGroup.create(spec, rank)
+    send(tensors)     ── one broadcast per tensor ──►   receive(manifest)
+    close()                                             close()
+
+Rendezvous and key prefixes are those of ``torch.distributed``'s own constructors (``tcp://`` store, a prefix for the
+group's name, one for the process group, one for its device), so that SGLang's ``/init_weights_update_group`` joins.
+
+Every wait ends at ``spec.timeout_s``. A peer that dies in a broadcast breaks the group for everyone: close it and form
+the next one. NCCL connects in the first broadcast, gloo while the group is formed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.transport.threads import in_daemon_thread
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long closing may take before the group's threads are left to die with the process."""
+
+
+class WeightGroupError(RuntimeError):
+    """A weight group could not be formed or broke. The message names the group, this rank and the cause."""
+
+
+class WeightGroupTimeoutError(WeightGroupError, TimeoutError):
+    """The group's deadline passed: somebody did not join, or did not take part in a broadcast."""
+
+
+def host_group(
+    name: str,
+    epoch: int,
+    world_size: int,
+    backend: Literal["gloo", "nccl"],
+    timeout_s: float,
+    address: str = "127.0.0.1",
+) -> tuple[WeightGroupSpec, TCPStore]:
+    """Host the store of membership ``epoch`` on a free port, so that engines can be told before everybody joins.
+
+    ``world_size`` counts the learner's source rank and all engine ranks; ``address`` is what engines can reach this
+    process by. The store listens on every interface and knows no authentication: keep its port inside the cluster.
+    Hold on to the store until ``WeightGroup.create(spec, 0)`` has returned.
+    """
+    if world_size < 2:
+        raise ValueError(f"world_size is {world_size}: a weight group needs the learner and at least one engine rank")
+    if timeout_s <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}: must be positive")
+    # multi_tenant: create() opens the same server again, which is what counts who has joined
+    store = TCPStore(
+        address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True
+    )
+    spec = WeightGroupSpec(
+        name=f"{name}-{epoch}",
+        epoch=epoch,
+        master_address=address,
+        master_port=store.port,
+        world_size=world_size,
+        backend=backend,
+        timeout_s=timeout_s,
+    )
+    return spec, store
+
+
+class WeightGroup:
+    """One rank's membership. Not thread-safe: one call at a time."""
+
+    def __init__(self, spec: WeightGroupSpec, rank: int, process_group: Any) -> None:
+        self.spec = spec
+        self.rank = rank
+        self._process_group: Any = process_group
+        self._broken: str | None = None
+
+    @classmethod
+    def create(cls, spec: WeightGroupSpec, rank: int) -> WeightGroup:
+        """Join as ``rank``; blocks until all have joined.
+
+        Raises ``WeightGroupTimeoutError`` when they have not within ``spec.timeout_s``, ``WeightGroupError`` when the
+        store cannot be reached.
+        """
+        if not 0 <= rank < spec.world_size:
+            raise ValueError(f"rank {rank} does not exist in weight group {spec.name!r} of {spec.world_size} ranks")
+        joining = in_daemon_thread(lambda: _connect(spec, rank), f"join-{spec.name}-{rank}")
+        # store and constructor keep spec.timeout_s each; half as much again bounds both
+        return cls(spec, rank, _outcome(joining, spec, rank, "not everybody joined", 1.5 * spec.timeout_s))
+
+    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Rank 0: broadcast the tensors in order, in the dtype and on the device they have; blocks until sent.
+
+        On CUDA their contents must be complete on the current stream. ``tensors`` is iterated on another thread.
+        Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
+        """
+        if self.rank != 0:
+            raise ValueError(f"rank {self.rank} of weight group {self.spec.name!r} cannot send: rank 0 does")
+        if self.spec.backend == "nccl":
+            torch.cuda.current_stream().synchronize()
+        self._run(lambda: self._broadcast(tensor.detach().contiguous() for _, tensor in tensors), "send")
+
+    def receive(self, manifest: WeightManifest, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Engine ranks: take part in one broadcast; the tensors by name, freshly allocated on ``device``.
+
+        Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
+        """
+        if self.rank == 0:
+            raise ValueError(f"rank 0 of weight group {self.spec.name!r} cannot receive: it sends")
+        received = {
+            spec.name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
+            for spec in manifest.tensors
+        }
+        self._run(lambda: self._broadcast(received.values()), "receive")
+        return received
+
+    def close(self) -> None:
+        """Leave the group; its sockets and threads go. Idempotent. A broadcast of others breaks by it."""
+        process_group, self._process_group = self._process_group, None
+        if process_group is None:
+            return
+        leaving = in_daemon_thread(process_group.abort, f"leave-{self.spec.name}-{self.rank}")
+        try:
+            leaving.result(CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            logger.error("weight group %r: rank %d could not be aborted; restart it", self.spec.name, self.rank)
+
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Queue one broadcast per tensor, then wait for all; tensors stay referenced until the last is through."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=self.spec.timeout_s)
+        pending = [(self._process_group.broadcast([tensor], options), tensor) for tensor in tensors]
+        for work, _ in pending:
+            work.wait(options.timeout)
+
+    def _run(self, collective: Callable[[], None], what: str) -> None:
+        if self._process_group is None or self._broken is not None:
+            reason = self._broken or "it was closed"
+            raise WeightGroupError(f"weight group {self.spec.name!r} is unusable ({reason}): form a new one")
+        running = in_daemon_thread(collective, f"{what}-{self.spec.name}-{self.rank}")
+        try:
+            _outcome(running, self.spec, self.rank, f"{what} did not finish", self.spec.timeout_s)
+        except WeightGroupError as error:
+            self._broken = str(error)
+            self.close()  # wakes the thread that is stuck in the collective, here and at the peers
+            raise
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``bfloat16`` → ``torch.bfloat16``. Raises ``ValueError`` for a name that torch does not know."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no torch dtype: manifests say bfloat16, float32, …")
+    return dtype
+
+
+def _connect(spec: WeightGroupSpec, rank: int) -> Any:
+    timeout = timedelta(seconds=spec.timeout_s)
+    store = TCPStore(
+        spec.master_address, spec.master_port, spec.world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
+    )
+    store.set_timeout(timeout)
+    device = {"gloo": "cpu", "nccl": "cuda"}[spec.backend]
+    prefixed = PrefixStore(f"{device}/", PrefixStore(f"{spec.name}/", PrefixStore(spec.name, store)))
+    if spec.backend == "gloo":
+        return dist.ProcessGroupGloo(prefixed, rank, spec.world_size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
+
+
+def _outcome(future: Future[T], spec: WeightGroupSpec, rank: int, what: str, timeout_s: float) -> T:
+    """The future's result within ``timeout_s``; failures as errors that name group, rank and cause."""
+    where = f"weight group {spec.name!r}, rank {rank} of {spec.world_size}: {what}"
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        raise WeightGroupTimeoutError(f"{where} within {timeout_s:g} s") from error
+    except RuntimeError as error:  # what torch.distributed raises for stores, sockets and its own deadlines
+        kind = WeightGroupTimeoutError if "timed out" in str(error).lower() or "timeout" in str(error).lower() else None
+        raise (kind or WeightGroupError)(f"{where} ({error})") from error
