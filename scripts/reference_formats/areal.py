@@ -8,14 +8,14 @@ from typing import Any
 from reference_formats.inputs import Inputs
 from slime_async.correction.aggregation import Denominators, aggregate
 from slime_async.correction.objectives import ppo_clip, sequence_log_ratio
-from slime_async.correction.ratios import log_ratio, ratio
+from slime_async.correction.ratios import LOG_RATIO_LIMIT, log_ratio, ratio
 from slime_async.correction.weights import dropped_weight
 
 
 def decoupled_ppo(case: dict[str, Any], inputs: Inputs, defaults: dict[str, Any]) -> dict[str, Any]:
     ppo = {**defaults, **case["ppo"]}
     cap = case["behav_imp_weight_cap"]
-    prox_over_behavior = ratio(log_ratio(inputs.prox, inputs.behavior, inputs.mask))
+    prox_over_behavior = ratio(log_ratio(inputs.prox, inputs.behavior, inputs.mask), LOG_RATIO_LIMIT)
     weight = dropped_weight(prox_over_behavior, upper=math.inf if cap is None else cap) * inputs.mask
     log_current_over_prox = log_ratio(inputs.current, inputs.prox, inputs.mask)
     advantages = inputs.advantages

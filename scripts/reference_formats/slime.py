@@ -42,7 +42,7 @@ def policy_loss(case: dict[str, Any], inputs: Inputs, defaults: dict[str, Any]) 
     return {
         "loss_sum_of_sample_means": loss.item(),
         "grad_cur_logp": inputs.with_gradient(loss),
-        "weights": inputs.unpacked(weight * inputs.mask),
+        "weights": None if arguments.get("use_tis") is False else inputs.unpacked(weight * inputs.mask),
         "modified_masks": inputs.unpacked(kept * inputs.mask),
     }
 

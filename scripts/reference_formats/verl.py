@@ -15,7 +15,7 @@ from torch import Tensor
 from reference_formats.inputs import Inputs, to_float32
 from slime_async.correction import masks, objectives
 from slime_async.correction.aggregation import Denominators, aggregate
-from slime_async.correction.ratios import log_ratio, ratio
+from slime_async.correction.ratios import LOG_RATIO_LIMIT, log_ratio, ratio
 from slime_async.correction.weights import dropped_weight, level_log_ratio, truncated_weight
 
 COUNT_EPSILON = 1e-8
@@ -139,8 +139,8 @@ def off_policy_metrics(case: dict[str, Any], inputs: Inputs, defaults: dict[str,
         "training_log_ppl": training.mean().item(),
         "rollout_ppl": rollout.exp().mean().item(),
         "rollout_log_ppl": rollout.mean().item(),
-        "kl": _mean(-masks.divergence(log_r, "k1"), inputs),
-        "k3_kl": _mean(masks.divergence(log_r, "k3"), inputs),
+        "kl": _mean(-log_r, inputs),
+        "k3_kl": _mean(ratio(log_r, LOG_RATIO_LIMIT) - 1.0 - log_r, inputs),
         "log_ppl_diff": gap.mean().item(),
         "log_ppl_abs_diff": gap.abs().mean().item(),
         "log_ppl_diff_max": gap.max().item(),
@@ -157,8 +157,10 @@ def policy_loss(case: dict[str, Any], inputs: Inputs, defaults: dict[str, Any]) 
     target = inputs.current.detach() if bypass else inputs.prox
     weight = inputs.mask
     if case["rollout_is"] != "none":
-        level, threshold = re.fullmatch(r"(token|sequence)_\w*?_([\d._]+)", case["rollout_is"]).groups()
-        weight = _weights(log_ratio(target, inputs.behavior, inputs.mask), inputs, level, threshold, False)
+        named = re.fullmatch(r"(token|sequence)_[a-z]+_([\d.]+(?:_[\d.]+)?)", case["rollout_is"])
+        if named is None:
+            raise ValueError(f"unknown rollout_is {case['rollout_is']!r}: known are <token|sequence>_tis_<threshold>")
+        weight = _weights(log_ratio(target, inputs.behavior, inputs.mask), inputs, named[1], named[2], False)
     objective = _objective(case, log_current_over_prox, inputs)
     loss = _aggregate(objective.loss * weight, case["loss_agg_mode"], inputs)
     return {
