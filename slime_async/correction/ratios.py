@@ -11,7 +11,7 @@ a = −inf alone                   log-ratio −300, without gradient; the ratio
 b = −inf alone                   log-ratio +300, without gradient; the ratio is e^20 and any bound catches it
 both −inf                        log-ratio 0, without gradient: the policies agree
 log-ratio beyond ±20             the ratio is taken at e^±20, without gradient
-bfloat16, float16                computed in float32; float64 stays
+bfloat16                         computed in float32; float64 stays
 NaN inside the mask              stays NaN: a broken forward pass must not pass for a small loss
 ===============================  =======================================================================
 """
