@@ -127,10 +127,15 @@ class BatchConfig(Section):
     """Groups per batch; the batch B has groups · group_size trajectories"""
     queue_trajectories: PositiveInt | None = None
     """Bound on trajectories held by the hub; (η + 1) · B when not set"""
-    queue_bytes: PositiveInt = 4 << 30
-    """Bound on bytes held by the hub; a full queue stops the grants"""
+    queue_bytes: PositiveInt | None = None
+    """Bound on bytes held by the hub, a full queue stops the grants; when not set, 4 GiB or one batch of the largest
+    trajectories, whichever is more"""
     max_trajectory_bytes: PositiveInt = 64 << 20
     """A larger trajectory is refused with an error"""
+    max_attempts: PositiveInt = 8
+    """A sample that failed this often takes its whole group with it"""
+    drop_equal_rewards: bool = False
+    """Drop complete groups whose rewards are all equal, and generate others instead"""
 
     @property
     def trajectories(self) -> int:

@@ -1,0 +1,72 @@
+"""Whether another training trajectory may be granted now, and if not, what closes the gate."""
+
+from __future__ import annotations
+
+from slime_async.queue.admission import capacity
+from slime_async.queue.ledger import Ledger
+from slime_async.queue.limits import QueueLimits
+from slime_async.queue.reservations import ReservationTable
+
+
+class Gate:
+    """Pacing and backpressure, read off the state.
+
+    Pacing counts single trajectories. Backpressure admits whole groups: an open group holds room for all its samples
+    from the start, so open groups can always complete, and no two of them ever wait for each other's room. In bytes,
+    an accepted sample counts what it weighs and every other sample of an open group what the largest so far weighed
+    (``max_trajectory_bytes`` before there was any). The bound is so exceeded only by samples already admitted that
+    turn out larger than all before them. Both bounds hold a batch of the largest trajectories (``QueueLimits`` sees to
+    it), so a queue that holds less than a batch, with nothing leased, always admits another group.
+    """
+
+    def __init__(self, limits: QueueLimits, ledger: Ledger, reservations: ReservationTable) -> None:
+        self._limits = limits
+        self._ledger = ledger
+        self._reservations = reservations
+
+    def room(self, free_slots: int) -> int:
+        """Trajectories that pacing allows an actor with ``free_slots``; none before the first publication."""
+        if self._ledger.published < 0 or free_slots <= 0:
+            return 0
+        running = self._reservations.held
+        published_trajectories = self._ledger.published * self._limits.batch
+        return capacity(
+            version=self._ledger.published,
+            batch=self._limits.batch,
+            max_staleness=self._limits.max_staleness,
+            accepted=self._ledger.paced + published_trajectories,
+            running=running,
+            max_concurrent=running + free_slots,
+        )
+
+    def closed_by_backpressure(self) -> str:
+        """Which bound another group would break; empty when it fits."""
+        ledger, limits = self._ledger, self._limits
+        if ledger.held + limits.group_size > limits.queue_trajectories:
+            return f"queue_trajectories: {ledger.held} of {limits.queue_trajectories} held"
+        held_bytes = ledger.queued_bytes + ledger.leased_bytes
+        expected = limits.group_size * (len(ledger.pending) + 1) - ledger.queued
+        estimate = ledger.largest_bytes or limits.max_trajectory_bytes
+        if held_bytes + expected * estimate > limits.queue_bytes:
+            return (
+                f"queue_bytes: {held_bytes} of {limits.queue_bytes} held, {expected} trajectories "
+                f"of up to {estimate} to come with another group"
+            )
+        return ""
+
+    def closed_by(self) -> str:
+        """What keeps the next trajectory from being granted to a free slot; empty when nothing does."""
+        if self._ledger.published < 0:
+            return "admission closed before the first publication"
+        if self.room(1) <= 0:
+            paced = self._reservations.held + self._ledger.paced
+            return f"admission closed by staleness {paced} of {self._limits.pacing}"
+        if self._reservations.missing:
+            return ""
+        if not self._ledger.tasks.sizes:
+            return "admission closed: no actor has declared its task sources yet"
+        if self._ledger.tasks.exhausted:
+            return "admission closed: no tasks are left"
+        if bound := self.closed_by_backpressure():
+            return f"admission closed by {bound}"
+        return ""
