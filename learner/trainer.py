@@ -83,6 +83,10 @@ class Trainer:
         return self._model
 
     @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
     def optimizer_steps(self) -> int:
         """Since the optimizer began; what the warm-up counts."""
         return self._steps

@@ -7,7 +7,8 @@ connection may start either. ``T ──► H`` below reads: T sends it to the hu
 message             from ──► to           reply, or (note)
 ==================  ====================  ============================================================
 Hello               any ──► hub           Welcome
-Heartbeat           any ──► hub           (note) carries the role's latest report
+Heartbeat           any ◄─► hub           (note) carries the role's latest report
+Goodbye             any ──► hub           (note) leaves on purpose, now
 Granted             hub ──► actor         (note) reservations; these are the actor's credits
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
@@ -22,7 +23,7 @@ Relay               learner ──► hub       the reply of the actor to the me
   JoinWeightGroup   … ──► actor           Ok, when the engine is a member
   PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
   PauseEngine       … ──► actor           Ok, when no token is being sampled
-  ReceiveWeights    … ──► actor           Ok, when the new weights are in use
+  ReceiveWeights    … ──► actor           Received, when the new weights are in use
   ResumeEngine      … ──► actor           Ok
 GetStatus           any ──► hub           RunStatus
 Finish              learner ──► hub       Ok; the hub tells everyone to leave
@@ -85,6 +86,8 @@ class Hello(Message):
 class Welcome(Message):
     run_id: str
     heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+    """Silence after which each side takes the other for dead"""
     version: int
     """The published version, −1 before the first publication"""
     engines: tuple[EngineInfo, ...] = ()
@@ -94,6 +97,11 @@ class Welcome(Message):
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Message):
     report: Report = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye(Message):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +306,14 @@ class ReceiveWeights(Message):
     engine_id: str
     manifest: WeightManifest
     weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Message):
+    """The engine uses the new weights."""
+
+    requests_in_flight: int
+    """That were being sampled when they arrived"""
 
 
 @dataclass(frozen=True, slots=True)

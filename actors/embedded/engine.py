@@ -31,7 +31,7 @@ CLOSE_TIMEOUT_S = 10.0
 """The longest that one step may still take when the engine is closed."""
 
 BusySpan = Callable[[int, int], None]
-"""Called on the decode thread with the first and last nanosecond (``time.time_ns``) of uninterrupted computing"""
+"""Called on the decode thread with the first and last nanosecond (``time.monotonic_ns``) of uninterrupted computing"""
 
 Result = TypeVar("Result")
 
@@ -76,8 +76,8 @@ class EmbeddedEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Future[Generation]] = set()
         self._group: WeightGroup | None = None
-        self.in_flight_at_updates: list[int] = []
-        """Requests that were being sampled when each update of the weights arrived"""
+        self.in_flight_at_update = 0
+        """Requests that were being sampled when the last weights arrived"""
 
     # ------------------------------------------------------------------------------------------------- protocol
 
@@ -135,7 +135,7 @@ class EmbeddedEngine:
         tensors = await asyncio.wrap_future(receiving)
 
         def use() -> None:
-            self.in_flight_at_updates.append(self._scheduler.running)
+            self.in_flight_at_update = self._scheduler.running
             self._scheduler.use_weights(tensors.items(), weights)
 
         await self._command(use)
@@ -252,13 +252,13 @@ class EmbeddedEngine:
             for action in actions:
                 action()
             if self._scheduler.has_work:
-                busy_since = busy_since or time.time_ns()
+                busy_since = busy_since or time.monotonic_ns()
                 self._scheduler.step()
 
     def _report_busy(self, since: int | None) -> None:
         """A stretch of computing ends here, if there was one."""
         if since is not None and self._on_busy is not None:
-            self._on_busy(since, time.time_ns())
+            self._on_busy(since, time.monotonic_ns())
 
 
 def _resolve(future: asyncio.Future[Result], result: Result) -> None:

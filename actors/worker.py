@@ -1,0 +1,200 @@
+"""The actor's process: takes grants, plays episodes, delivers trajectories, and obeys the learner's weight commands.
+
+::
+
+    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine (its own thread or server)
+        ◄─ Deliver ──      one coroutine per reservation
+        ── JoinWeightGroup, Pause, Receive, Resume ─────────────────────► engine
+
+Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
+without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, or with
+the first background task that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import uvloop
+
+from slime_async.actors.embedded.engine import EmbeddedEngine
+from slime_async.actors.engine import PauseMode
+from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
+from slime_async.config import Config
+from slime_async.protocol import (
+    Deliver,
+    EngineInfo,
+    Failed,
+    Granted,
+    Hello,
+    JoinWeightGroup,
+    Message,
+    Ok,
+    PauseEngine,
+    PrepareWeights,
+    Received,
+    ReceiveWeights,
+    Report,
+    Reservation,
+    ResumeEngine,
+    Shutdown,
+    Started,
+)
+from slime_async.telemetry.spans import SpanRecorder
+from slime_async.transport.client import HubClient
+
+log = logging.getLogger(__name__)
+
+DELIVERY_TIMEOUT_S = 120.0
+"""A trajectory that the hub has not acknowledged by then fails the actor: the hub grants it to another."""
+
+
+class RunOver(Exception):
+    """The hub said that the run is over."""
+
+
+class Worker:
+    """One actor: one engine, one connection, and a coroutine per reservation."""
+
+    def __init__(self, config: Config, name: str, engine: EmbeddedEngine, rollout: Rollout) -> None:
+        self._config = config
+        self._name = name
+        self._engine = engine
+        self._rollout = rollout
+        self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
+        self._client: HubClient | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._early: list[Reservation] = []
+
+    async def run(self, hub_address: str) -> None:
+        """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
+        await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        hello = Hello(
+            role="actor",
+            name=self._name,
+            slots=self._config.actor.slots,
+            engines=(EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks),),
+            sources=self._rollout.source_sizes,
+        )
+        self._client = await HubClient.connect(hub_address, hello, handler=self._handle)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._client.wait_closed(), name="hub connection")
+                self._tasks.create_task(self._report_regularly(self._client), name="report")
+                self._tasks.create_task(self._end_when_told(), name="shutdown")
+                self._spawn(self._early)
+        except* RunOver:
+            log.info("the run is over")
+        finally:
+            await self._client.close()
+            await self._engine.close()
+
+    async def _end_when_told(self) -> None:
+        shutdown = await self._shutdown
+        if shutdown.failed:
+            raise RuntimeError(f"the hub ended the run: {shutdown.reason}")
+        raise RunOver
+
+    # --------------------------------------------------------------------------------------- what the hub sends
+
+    async def _handle(self, message: Message) -> Message | None:
+        match message:
+            case Granted():
+                self._spawn(message.reservations)
+                return None
+            case Shutdown():
+                if not self._shutdown.done():
+                    self._shutdown.set_result(message)
+                return None
+        self._check_engine(message)
+        match message:
+            case PrepareWeights():
+                await self._engine.status()
+            case JoinWeightGroup():
+                await self._engine.join_weight_group(message.spec, message.rank_offset)
+            case PauseEngine():
+                await self._engine.pause(PauseMode(message.mode))
+            case ReceiveWeights():
+                await self._engine.receive_weights(message.manifest, message.weights)
+                return Received(self._engine.in_flight_at_update)
+            case ResumeEngine():
+                await self._engine.resume()
+            case _:
+                raise ValueError(f"{type(message).__name__} is nothing that an actor does")
+        return Ok()
+
+    def _check_engine(self, message: Message) -> None:
+        wanted = getattr(message, "engine_id", self._engine.engine_id)
+        if wanted != self._engine.engine_id:
+            raise ValueError(f"actor {self._name} holds engine {self._engine.engine_id}, not {wanted}")
+
+    # --------------------------------------------------------------------------------------------------- rollouts
+
+    def _spawn(self, reservations: Sequence[Reservation]) -> None:
+        if self._tasks is None:
+            self._early.extend(reservations)
+            return
+        for reservation in reservations:
+            self._tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
+
+    async def _play(self, reservation: Reservation) -> None:
+        """One reservation, to its delivery or its failure; both are told to the hub, and the hub grants anew."""
+        assert self._client is not None
+        await self._client.note(Started(reservation.key, reservation.attempt))
+        outcome = await self._rollout.run(reservation)
+        if isinstance(outcome, RolloutFailure):
+            failed = Failed(reservation.key, reservation.attempt, outcome.reason, reservation.evaluation)
+            await self._client.call(failed, DELIVERY_TIMEOUT_S)
+            return
+        if self._config.actor.delay_s and not reservation.evaluation:
+            await asyncio.sleep(self._config.actor.delay_s)
+        await self._client.call(Deliver(outcome, reservation.evaluation), DELIVERY_TIMEOUT_S)
+
+    # ---------------------------------------------------------------------------------------------------- reports
+
+    async def _report_regularly(self, client: HubClient) -> None:
+        """What the live view shows of this actor, with each heartbeat."""
+        interval_s = client.welcome.heartbeat_interval_s
+        tokens, at = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(interval_s)
+            status = await self._engine.status()
+            now = time.monotonic()
+            report: Report = {
+                "engine": self._engine.engine_id,
+                "weight_version": status.weights.version if status.weights else -1,
+                "running_requests": status.running_requests,
+                "waiting_requests": status.waiting_requests,
+                "generated_tokens": status.generated_tokens,
+                "actor_tokens_per_s": (status.generated_tokens - tokens) / (now - at),
+                **self._rollout.report(),
+            }
+            client.set_report(report)
+            tokens, at = status.generated_tokens, now
+
+
+def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
+    """The actor's process. Returns when the hub says that the run is over."""
+    uvloop.run(_main(config, name, hub_address, run_directory))
+
+
+async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
+    checkpoint = Path(config.model.path)
+    with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name)) as recorder:
+        engine = EmbeddedEngine(
+            checkpoint,
+            engine_id=f"{name}/embedded",
+            slots=config.actor.max_running_requests,
+            max_context=config.sampling.max_context_tokens,
+            device=config.actor.device,
+            threads=config.actor.threads,
+            fixed_slots=config.run.deterministic,
+            on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
+        )
+        rollout = make_rollout(config, checkpoint, engine)
+        await Worker(config, name, engine, rollout).run(hub_address)

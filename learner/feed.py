@@ -1,0 +1,126 @@
+"""Where a learner rank gets its batches: from the hub on rank 0, from rank 0 on all others.
+
+The training loop is the same on every rank; what differs is the ``Feed`` it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from slime_async.protocol import Batch, Lease, Message, NotReady
+from slime_async.transport.blocking import BlockingClient
+from slime_async.transport.codec import Limits, decode, encode
+
+LEASE_POLL_S = 5.0
+"""How long one lease call stays open; a new one follows at once, so this bounds only how late a failure is noticed."""
+
+
+class Feed(Protocol):
+    def next_batch(self, train_version: int) -> Batch:
+        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank."""
+
+
+class HubFeed:
+    """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
+
+    Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    """
+
+    def __init__(
+        self,
+        client: BlockingClient,
+        incarnation: int,
+        last_version: int,
+        timeout_s: float,
+        check: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._incarnation = incarnation
+        self._last_version = last_version
+        self._timeout_s = timeout_s
+        self._check = check
+        self._ahead: Future[Message] | None = None
+        self._ahead_version = -1
+
+    def next_batch(self, train_version: int) -> Batch:
+        deadline = time.monotonic() + self._timeout_s
+        reason = "no answer from the hub"
+        while True:
+            if self._ahead is None or self._ahead_version != train_version:
+                self._ask(train_version)
+            reply = self._await_reply()
+            if isinstance(reply, Batch):
+                if train_version + 1 < self._last_version:
+                    self._ask(train_version + 1)
+                return reply
+            if isinstance(reply, NotReady):
+                reason = reply.reason
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no batch for version {train_version} within {self._timeout_s:.0f} s "
+                    f"(learner.lease_timeout_s); the hub says: {reason}"
+                )
+
+    def _ask(self, train_version: int) -> None:
+        lease = Lease(self._incarnation, train_version, LEASE_POLL_S)
+        self._ahead = self._client.begin(lease, LEASE_POLL_S + 30.0)
+        self._ahead_version = train_version
+
+    def _await_reply(self) -> Message:
+        """The open lease's answer; looks once a second whether something else has failed meanwhile."""
+        assert self._ahead is not None
+        while True:
+            try:
+                reply = self._ahead.result(timeout=1.0)
+            except FutureTimeoutError:
+                if not self._ahead.done():
+                    self._check()
+                    continue
+                raise
+            self._ahead = None
+            return reply
+
+
+class SharingFeed:
+    """Rank 0 of several: hands every batch it gets to the other ranks."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        self._feed = feed
+        self._device = device
+
+    def next_batch(self, train_version: int) -> Batch:
+        batch = self._feed.next_batch(train_version)
+        frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in encode(batch)]
+        sizes = torch.tensor([len(frames), *(len(frame) for frame in frames)], dtype=torch.int64)
+        dist.broadcast(sizes[:1].to(self._device), src=0)
+        dist.broadcast(sizes[1:].to(self._device), src=0)
+        dist.broadcast(torch.cat(frames).to(self._device), src=0)
+        return batch
+
+
+class FollowingFeed:
+    """Every other rank: takes what rank 0 hands over. The process group's timeout bounds the wait."""
+
+    def __init__(self, device: torch.device, limits: Limits) -> None:
+        self._device = device
+        self._limits = limits
+
+    def next_batch(self, train_version: int) -> Batch:
+        count = torch.zeros(1, dtype=torch.int64, device=self._device)
+        dist.broadcast(count, src=0)
+        sizes = torch.zeros(int(count), dtype=torch.int64, device=self._device)
+        dist.broadcast(sizes, src=0)
+        payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)
+        dist.broadcast(payload, src=0)
+        frames = [memoryview(frame.numpy()) for frame in torch.split(payload.cpu(), sizes.tolist())]
+        message = decode(frames, self._limits).message
+        if not isinstance(message, Batch) or message.train_version != train_version:
+            raise RuntimeError(f"rank 0 handed over {type(message).__name__}, not the batch of version {train_version}")
+        return message

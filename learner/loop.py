@@ -1,0 +1,102 @@
+"""The training loop: the only finite loop of a run.
+
+::
+
+    for version in 0 … steps − 1:                                  waits for
+        batch    = feed.next_batch(version)                        the hub (a complete, leased batch)
+        result   = trainer.train_policy(batch)                     the device
+        commit(version)                                            the hub's acknowledgement
+        snapshot = trainer.export()                                the copy out of the model
+        publisher.publish(snapshot, version + 1)                   only if the publication before has not begun
+
+The same loop runs on every rank; rank 0's ``Reporting`` talks to hub, publisher and files, the others' does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+from slime_async.config import Config
+from slime_async.learner.batch import prepare_batch
+from slime_async.learner.feed import Feed
+from slime_async.learner.publisher import Snapshot
+from slime_async.learner.trainer import Trainer
+from slime_async.telemetry.spans import SpanRecorder
+from slime_async.trajectory import WeightId
+
+log = logging.getLogger(__name__)
+
+
+class Outlet(Protocol):
+    """What leaves the training loop."""
+
+    def commit(self, train_version: int) -> None: ...
+
+    def publish(self, snapshot: Snapshot) -> float:
+        """Returns the seconds that the loop had to wait."""
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def begin(self, activity: str, step: int) -> None:
+        """For the live view: what the loop does from now on."""
+
+
+class SilentOutlet:
+    """For every rank but the first: others speak for it."""
+
+    def commit(self, train_version: int) -> None:
+        """Rank 0 commits."""
+
+    def publish(self, snapshot: Snapshot) -> float:
+        return 0.0
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Rank 0 logs."""
+
+    def begin(self, activity: str, step: int) -> None:
+        """Rank 0 reports."""
+
+
+def take_snapshot(trainer: Trainer, weights: WeightId) -> Snapshot:
+    """Whole tensors, copied, so that the next step may change the model while they are sent."""
+    return Snapshot(weights, trainer.manifest(), tuple(tensor.detach().clone() for _, tensor in trainer.export()))
+
+
+def train(
+    config: Config, trainer: Trainer, feed: Feed, outlet: Outlet, recorder: SpanRecorder, incarnation: int
+) -> None:
+    """Train ``run.steps`` batches. Every wait inside has a deadline and names what it waited for."""
+    for version in range(config.run.steps):
+        asked = time.monotonic()
+        with recorder.span("lease", step=version):
+            batch = feed.next_batch(version)
+        leased = time.monotonic()
+        outlet.begin("train", version)
+        with recorder.span("train", step=version):
+            prepared = prepare_batch(batch.trajectories, version, config)
+            result = trainer.train_policy(prepared.sequences, version)
+        trained = time.monotonic()
+        with recorder.span("commit", step=version):
+            outlet.commit(version)
+        with recorder.span("snapshot", step=version):
+            snapshot = take_snapshot(trainer, WeightId(incarnation, version + 1))
+        snapshotted = time.monotonic()
+        publish_wait_s = outlet.publish(snapshot)
+        seconds = {
+            "lease_wait_s": leased - asked,
+            "train_s": trained - leased,
+            "snapshot_s": snapshotted - trained,
+            "publish_stall_s": publish_wait_s,
+            "step_s": time.monotonic() - asked,
+            "learner_tokens_per_s": prepared.metrics["tokens"] / (trained - leased),
+        }
+        step = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_computed": float(result.tokens_computed),
+            "tokens_counted": float(result.tokens_counted),
+        }
+        outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})

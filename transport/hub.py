@@ -1,0 +1,332 @@
+"""The hub's process: the queue's state machine behind sockets, and the store of what it holds.
+
+::
+
+      actor ── Deliver ──► ┌──────────────────────────────┐ ◄── Lease ── learner
+            ◄─ Granted ─── │ TrajectoryQueue   payloads   │ ── Batch ──►
+      observer ─ GetStatus►│ (pure)            (encoded)  │ ◄── Commit, Published
+                           └──────────────────────────────┘
+
+Who waits for whom: actors wait for grants (until admission lets them), the learner waits for a batch (until groups
+complete), evaluations wait for their results. Every such wait is a coroutine on ``_changed``, which every transition
+of the queue sets; each has the caller's deadline. The hub itself waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slime_async.config import Config
+from slime_async.protocol import (
+    Batch,
+    Commit,
+    Deliver,
+    Delivered,
+    Drain,
+    EngineInfo,
+    Evaluate,
+    EvaluationResult,
+    Failed,
+    Finish,
+    GetStatus,
+    Granted,
+    Hello,
+    Lease,
+    Membership,
+    Message,
+    NotReady,
+    Ok,
+    PeerStatus,
+    Published,
+    Relay,
+    Report,
+    RunStatus,
+    Shutdown,
+    Started,
+    Welcome,
+)
+from slime_async.queue import Exhausted, LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
+from slime_async.trajectory import TrajectoryKey
+from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.server import Peer, Server
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class LearnerLost(RuntimeError):
+    """The learner went away before the run was finished."""
+
+
+@dataclass(slots=True)
+class _Actor:
+    """What the hub remembers of one living actor."""
+
+    slots: int
+    engines: tuple[EngineInfo, ...]
+
+
+class Hub:
+    """Wires peers to the queue. One instance lives in one event loop; nothing here is shared between threads."""
+
+    def __init__(self, config: Config, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._run_id = run_id
+        self._clock = clock
+        self._queue = TrajectoryQueue(QueueLimits.from_config(config), TaskStream.from_config(config))
+        self._payloads: dict[TrajectoryKey, ReceivedTrajectory] = {}
+        self._actors: dict[str, _Actor] = {}
+        self._learner: str | None = None
+        self._draining = 0
+        self._changed = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._finish_reason = ""
+        self._failure: BaseException | None = None
+        self._server = Server(
+            config.hub.address,
+            on_call=self._on_call,
+            on_note=self._on_note,
+            on_join=self._on_join,
+            on_leave=self._on_leave,
+            heartbeat_interval_s=config.hub.heartbeat_interval_s,
+            heartbeat_timeout_s=config.hub.heartbeat_timeout_s,
+            insecure=config.hub.insecure,
+        )
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def run(self) -> None:
+        """Serve until the learner finishes the run. Raises ``LearnerLost`` and whatever a background task died of."""
+        serving = asyncio.create_task(self._server.serve(), name="hub server")
+        watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
+        finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
+        running: set[asyncio.Task[Any]] = {serving, watching, finishing}
+        try:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in (serving, watching):
+                if task.done():
+                    await task
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            failed = self._failure is not None or not finishing.done()
+            await self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
+            for task in running:
+                task.cancel()
+            await self._server.close()
+
+    # ------------------------------------------------------------------------------------------------ membership
+
+    async def _on_join(self, peer: Peer, hello: Hello) -> Welcome:
+        """Raises ``ValueError`` to refuse: a second learner, a source that the actors disagree about."""
+        if hello.role == "actor":
+            self._queue.declare_sources(hello.sources)
+            self._actors[peer.name] = _Actor(hello.slots, hello.engines)
+            log.info("actor %s joined with %d slots and engines %s", peer.name, hello.slots, list(hello.engines))
+        if hello.role == "learner":
+            if self._learner is not None:
+                raise ValueError(f"learner {self._learner} is still connected: a run has one; stop it first")
+            self._learner = peer.name
+            self._queue.learner_joined(hello.incarnation, hello.version, self._clock())
+        self._wake()
+        welcome = Welcome(
+            self._run_id,
+            self._config.hub.heartbeat_interval_s,
+            self._config.hub.heartbeat_timeout_s,
+            self._queue.published_version,
+            self._engines() if hello.role == "learner" else (),
+        )
+        if hello.role == "actor":
+            await self._tell_learner_members()
+        return welcome
+
+    async def _on_leave(self, peer: Peer, reason: str) -> None:
+        if peer.name in self._actors:
+            del self._actors[peer.name]
+            returned = self._queue.lose_actor(peer.name, self._clock())
+            log.warning("actor %s left (%s); %d reservations return", peer.name, reason, len(returned))
+            await self._tell_learner_members()
+            self._wake()
+        if peer.name == self._learner:
+            self._learner = None
+            if not self._finished.is_set():
+                self._fail(LearnerLost(f"learner {peer.name} is gone ({reason}) before the run was finished"))
+
+    def _engines(self) -> tuple[EngineInfo, ...]:
+        return tuple(engine for actor in self._actors.values() for engine in actor.engines)
+
+    async def _tell_learner_members(self) -> None:
+        if self._learner is not None:
+            await self._server.note(self._learner, Membership(self._engines()))
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._finish_reason = str(error)
+        self._finished.set()
+
+    async def _tell_everyone(self, message: Message) -> None:
+        for name in list(self._server.peers):
+            await self._server.note(name, message)
+
+    # ---------------------------------------------------------------------------------------------------- calls
+
+    async def _on_call(self, peer: Peer, message: Message) -> Message:
+        now = self._clock()
+        match message:
+            case Deliver():
+                return self._deliver(peer, message)
+            case Failed():
+                self._queue.fail(message.key, message.attempt, message.reason, now)
+            case Lease():
+                return await self._lease(message)
+            case Commit():
+                self._queue.commit(message.incarnation, message.train_version, now)
+            case Published():
+                self._queue.publish(message.weights.incarnation, message.weights.version, now)
+                # nothing can be trained again without a journal: what is published need not be kept
+                self._queue.make_durable(message.weights.incarnation, message.weights.version)
+            case Drain():
+                await self._drain(message)
+            case Evaluate():
+                return await self._evaluate(message)
+            case Relay():
+                return await self._server.call(message.actor, message.message, message.wait_s)
+            case GetStatus():
+                return self._status()
+            case Finish():
+                self._finish_reason = message.reason
+                self._finished.set()
+            case _:
+                raise ValueError(f"{type(message).__name__} is no call that the hub answers")
+        self._wake()
+        return Ok()
+
+    async def _on_note(self, peer: Peer, message: Message) -> None:
+        if not isinstance(message, Started):
+            raise ValueError(f"{type(message).__name__} is no note that the hub takes")
+        self._queue.start(message.key, message.attempt, self._clock())
+
+    def _deliver(self, peer: Peer, message: Deliver) -> Delivered:
+        trajectory = message.trajectory
+        assert isinstance(trajectory, ReceivedTrajectory)
+        meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
+        outcome = self._queue.deliver(meta, peer.name, self._clock())
+        if outcome == "accepted" and not message.evaluation:
+            self._payloads[trajectory.key] = trajectory
+        self._wake()
+        return Delivered(outcome)
+
+    async def _lease(self, message: Lease) -> Message:
+        def attempt() -> LeasedBatch | None:
+            result = self._queue.lease(message.incarnation, message.train_version, self._clock())
+            if isinstance(result, Exhausted):
+                raise ValueError(result.reason)
+            return result if isinstance(result, LeasedBatch) else None
+
+        leased = await self._until(attempt, message.wait_s)
+        if leased is None:
+            return NotReady(self._queue.waiting_for(self._clock()))
+        self._wake()
+        return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys))
+
+    async def _drain(self, message: Drain) -> None:
+        self._draining += 1
+        try:
+            if not await self._until(lambda: self._outstanding() == 0, message.wait_s):
+                raise ValueError(f"{self._outstanding()} trajectories still run after {message.wait_s:.0f} s")
+        finally:
+            self._draining -= 1
+
+    async def _evaluate(self, message: Evaluate) -> EvaluationResult:
+        self._queue.evaluate(message.name, message.source, message.num_tasks, self._clock())
+        self._wake()
+        result = await self._until(lambda: self._queue.evaluation_result(message.name), message.wait_s)
+        if result is None:
+            raise ValueError(
+                f"evaluation {message.name} did not finish within {message.wait_s:.0f} s: "
+                f"{self._queue.waiting_for(self._clock())}"
+            )
+        return EvaluationResult(message.name, result.rewards, result.failed, result.versions)
+
+    def _outstanding(self) -> int:
+        return sum(self._queue.outstanding(name) for name in self._actors)
+
+    def _status(self) -> RunStatus:
+        now = self._clock()
+        peers = tuple(PeerStatus(p.role, p.name, p.silent_s, p.report) for p in self._server.peers.values())
+        queue: Report = {**self._queue.statistics(now).as_report(), "waiting_for": self._queue.waiting_for(now)}
+        return RunStatus(self._run_id, queue, peers)
+
+    # ------------------------------------------------------------------------------------------------- movement
+
+    def _wake(self) -> None:
+        """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
+        for key in self._queue.take_released():
+            self._payloads.pop(key, None)
+        if not self._draining:
+            self._grant()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _grant(self) -> None:
+        """To the actors with the most free slots first, so that a batch spreads over all of them."""
+        now = self._clock()
+        free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
+        for name in sorted(free, key=lambda name: -free[name]):
+            reservations = self._queue.grant(name, free[name], now) if free[name] > 0 else ()
+            if reservations and not self._server.note_nowait(name, Granted(reservations)):
+                for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
+                    self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
+
+    async def _until(self, ready: Callable[[], Result | None], wait_s: float) -> Result | None:
+        """``ready()`` once it is truthy, asked again after every change; None when ``wait_s`` is over first."""
+        deadline = self._clock() + wait_s
+        while not (result := ready()):
+            changed, left = self._changed, deadline - self._clock()
+            if left <= 0:
+                return None
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                return ready() or None
+        return result
+
+    async def _watch_for_stalls(self) -> None:
+        """When nothing has changed for ``hub.stall_timeout_s``, say in the log what everybody waits for."""
+        while True:
+            changed = self._changed
+            try:
+                await asyncio.wait_for(changed.wait(), self._config.hub.stall_timeout_s)
+            except TimeoutError:
+                log.warning(
+                    "nothing moved for %.0f s: %s",
+                    self._config.hub.stall_timeout_s,
+                    self._queue.waiting_for(self._clock()),
+                )
+
+
+def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
+    """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over."""
+    import uvloop
+
+    async def main() -> None:
+        hub = Hub(config, run_directory.name)
+        await hub.start()
+        partial = ready_file.with_suffix(".partial")
+        partial.write_text(hub.address)
+        partial.rename(ready_file)
+        log.info("listening on %s", hub.address)
+        await hub.run()
+
+    uvloop.run(main())
