@@ -63,7 +63,7 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         "reward_std": float(rewards.std()),
         "groups_with_equal_rewards": float((np.ptp(rewards, axis=1) == 0).sum()),
         "trajectories": float(sum(bool(s.weight_mask.any()) for s in sequences)),
-        "tokens": float(sum(len(t.token_ids) for t in ordered)),
+        "batch_tokens": float(sum(len(t.token_ids) for t in ordered)),
         "tokens_trained": float(len(staleness_of_tokens)),
         "sampled_tokens": float(lengths.sum()),
         "answer_tokens_mean": float(lengths.mean()),

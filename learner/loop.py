@@ -90,7 +90,7 @@ def train(
             "snapshot_s": snapshotted - trained,
             "publish_stall_s": publish_wait_s,
             "step_s": time.monotonic() - asked,
-            "learner_tokens_per_s": prepared.metrics["tokens"] / (trained - leased),
+            "learner_tokens_per_s": prepared.metrics["batch_tokens"] / (trained - leased),
         }
         step = {
             "loss": result.loss,

@@ -39,10 +39,12 @@ METRICS: dict[str, Metric] = {
     "staleness_mean": Metric("versions", "Token-weighted mean over tokens with non-zero weight in the loss"),
     "staleness_max": Metric("versions", "Largest over tokens with non-zero weight in the loss"),
     "answer_tokens_mean": Metric("tokens", "Sampled tokens per trajectory"),
-    "tokens": Metric("tokens", "Of the batch, prompts included"),
+    "batch_tokens": Metric("tokens", "Of the batch, prompts included"),
+    "tokens": Metric("tokens", "Sampled tokens among those computed; what the diagnostics average over"),
     "sampled_tokens": Metric("tokens", "Sampled by the policy, masked ones included"),
     "tokens_computed": Metric("tokens", "Through the learner's model, prompts included"),
     "tokens_counted": Metric("tokens", "In the loss's denominator: sampled, before any masking"),
+    "sequences": Metric("sequences", "Computed by the learner: those without any advantage may be left out"),
     "mixed_version_trajectories": Metric("trajectories", "Sampled by several versions: weights changed in flight"),
     "lease_wait_s": Metric("s", "Waited for the batch"),
     "train_s": Metric("s", "Forward, backward and optimizer"),
@@ -64,6 +66,8 @@ FAMILIES = {
     "weight/": "importance weights, as above",
     "correction/": "what was masked or rejected, as above",
     "loss/": "parts of the loss, as above",
+    "sequence/": "ratios of whole sequences, as above",
+    "tokens/": "computed, by bucket of staleness, as above",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }
 
