@@ -119,7 +119,7 @@ class FollowingFeed:
         dist.broadcast(sizes, src=0)
         payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)
         dist.broadcast(payload, src=0)
-        frames = [memoryview(frame.numpy()) for frame in torch.split(payload.cpu(), sizes.tolist())]
+        frames = [frame.numpy().data for frame in torch.split(payload.cpu(), sizes.tolist())]
         message = decode(frames, self._limits).message
         if not isinstance(message, Batch) or message.train_version != train_version:
             raise RuntimeError(f"rank 0 handed over {type(message).__name__}, not the batch of version {train_version}")

@@ -27,7 +27,7 @@ import types
 from collections.abc import Callable, Sequence
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def _exactly(kind: type) -> Decode:
 def _encode_float(value: Any, _: list[Buffer]) -> float:
     if type(value) is not float and isinstance(value, (int, np.number)):
         return float(value)
-    return value  # type: ignore[no-any-return]  # anything else is msgpack's to take, and the receiver's to refuse
+    return cast(float, value)  # anything else is msgpack's to take, and the receiver's to refuse
 
 
 def _decode_scalar(raw: Any, frames: Frames) -> bool | int | float | str:
@@ -215,6 +215,11 @@ def _named_tuple(kind: Any) -> Coder:
     return Coder(None, decode)
 
 
+def _only(name: str) -> Callable[[Any], tuple[Any]]:
+    """``attrgetter`` of one name, in the form that it has for several."""
+    return lambda value: (getattr(value, name),)
+
+
 def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     """The map of a dataclass's fields; ``build`` is called with their values in order."""
     hints = get_type_hints(cls)
@@ -222,7 +227,7 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     coders = [coder(hints[n]) for n in names]
     decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
     encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values = attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    values = attrgetter(*names) if len(names) > 1 else _only(names[0])
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, cls):
@@ -372,7 +377,7 @@ def coder(annotation: Any) -> Coder:
 def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:
     some = tuple(a for a in arguments if a is not type(None))
     if len(some) < len(arguments):
-        return _optional(coder(some[0] if len(some) == 1 else Union[some]))
+        return _optional(coder(some[0] if len(some) == 1 else Union[some])  # noqa: UP007 - built at run time)
     if set(some) == {bool, int, float, str}:
         return Coder(None, _decode_scalar)
     if all(dataclasses.is_dataclass(a) for a in some):

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slime_async.cli.launch import USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
+from slime_async.protocol import Scalar
+from slime_async.telemetry.events import EventName
 
 HUB_START_TIMEOUT_S = 60.0
 """Python and ZeroMQ come up in a second or two; more means a very slow disk"""
@@ -63,7 +65,7 @@ class Supervisor:
         self,
         launcher: Launcher,
         plan: RunPlan,
-        on_event: Callable[[str, Mapping[str, str | int]], None] = lambda _name, _fields: None,
+        on_event: Callable[[EventName, Mapping[str, Scalar]], None] = lambda _name, _fields: None,
     ) -> None:
         self._launcher = launcher
         self._plan = plan
