@@ -377,7 +377,7 @@ def coder(annotation: Any) -> Coder:
 def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:
     some = tuple(a for a in arguments if a is not type(None))
     if len(some) < len(arguments):
-        return _optional(coder(some[0] if len(some) == 1 else Union[some])  # noqa: UP007 - built at run time)
+        return _optional(coder(some[0] if len(some) == 1 else Union[some]))  # noqa: UP007 - built at run time
     if set(some) == {bool, int, float, str}:
         return Coder(None, _decode_scalar)
     if all(dataclasses.is_dataclass(a) for a in some):
