@@ -215,9 +215,11 @@ def _named_tuple(kind: Any) -> Coder:
     return Coder(None, decode)
 
 
-def _only(name: str) -> Callable[[Any], tuple[Any]]:
-    """``attrgetter`` of one name, in the form that it has for several."""
-    return lambda value: (getattr(value, name),)
+def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """The attributes as a tuple, however many there are; ``attrgetter`` is the fast way for several."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: tuple(getattr(value, name) for name in names)
 
 
 def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
@@ -227,7 +229,7 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     coders = [coder(hints[n]) for n in names]
     decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
     encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values = attrgetter(*names) if len(names) > 1 else _only(names[0])
+    values = _getter(names)
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, cls):
