@@ -1,5 +1,8 @@
 """Configuration: typed sections, the TOML file, and flags."""
 
+from slime_async.config.dump import dump_toml
+from slime_async.config.errors import ConfigError
+from slime_async.config.load import load_config, make_config
 from slime_async.config.schema import Config
 
-__all__ = ["Config"]
+__all__ = ["Config", "ConfigError", "dump_toml", "load_config", "make_config"]

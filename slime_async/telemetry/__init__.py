@@ -1,1 +1,1 @@
-"""What a run records about itself: metrics, spans, and the summary computed from them."""
+"""What a run leaves behind: metrics per step, events, spans of busy time, and their summary."""

@@ -1,0 +1,23 @@
+"""``slime-async actor``: one process that generates."""
+
+from __future__ import annotations
+
+import argparse
+
+from slime_async.cli.common import add_role_arguments, begin_role, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_role_arguments(parser)
+    parser.add_argument(
+        "--name", required=True, help="unique in the run; an actor that is started again needs a new one"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    begin_role(parsed.name)
+    from slime_async.actors.worker import run_actor
+
+    run_actor(config, parsed.name, parsed.hub, parsed.run_directory)
+    return 0

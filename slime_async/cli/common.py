@@ -1,0 +1,51 @@
+"""What the commands share: the CONFIG argument, and how a role's process begins and ends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from slime_async.cli.flags import add_config_flags, overrides
+from slime_async.config import Config, load_config
+from slime_async.guard import GUARDED, die_with_parent
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count it: 128 + SIGINT"""
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, and a flag for each of its fields."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="TOML file; any key of it is also a flag, below")
+    add_config_flags(parser)
+
+
+def add_role_arguments(parser: argparse.ArgumentParser, needs_hub: bool = True) -> None:
+    """What every single role is told, beside the configuration."""
+    add_config_argument(parser)
+    parser.add_argument(
+        "--run-directory", metavar="DIR", type=Path, required=True, help="where this role writes logs and metrics"
+    )
+    if needs_hub:
+        parser.add_argument("--hub", metavar="ADDRESS", required=True, help="the hub's address, tcp://HOST:PORT")
+
+
+def config_of(parsed: argparse.Namespace) -> Config:
+    """The file under the flags. Raises ``ConfigError``."""
+    return load_config(parsed.config, overrides(parsed))
+
+
+def begin_role(name: str) -> None:
+    """Log to stderr, end on SIGTERM through ``finally`` blocks, and never outlive the launcher."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _leave)
+    if os.environ.get(GUARDED):
+        die_with_parent()
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -1,0 +1,40 @@
+"""``slime-async eval``: held-out accuracy of a checkpoint, in this process, with the embedded engine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slime_async.cli.common import config_of
+from slime_async.cli.flags import add_config_flags
+from slime_async.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face checkpoint directory")
+    parser.add_argument(
+        "--config", metavar="CONFIG", type=Path, required=True, help="TOML file with the task; any key is also a flag"
+    )
+    parser.add_argument("--source", metavar="NAME", help="one of [task.evaluation.NAME] [all of them]")
+    parser.add_argument("--tasks", metavar="INT", type=int, help="tasks per source [evaluation.tasks]")
+    add_config_flags(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    sources = list(config.task.evaluation)
+    if not sources:
+        raise ConfigError(f"{parsed.config} has no evaluation source: add a table [task.evaluation.NAME]")
+    if parsed.source is not None and parsed.source not in sources:
+        raise ConfigError(f"--source {parsed.source}: {parsed.config} has {', '.join(sources)}")
+    if not (parsed.checkpoint / "config.json").is_file():
+        raise ConfigError(f"{parsed.checkpoint} is no checkpoint: it has no config.json")
+    tasks = config.evaluation.tasks if parsed.tasks is None else parsed.tasks
+    if tasks < 1:
+        raise ConfigError(f"--tasks {tasks}: must be at least 1")
+    from slime_async.actors.evaluate import evaluate_checkpoint
+
+    for source in sources if parsed.source is None else [parsed.source]:
+        accuracy = evaluate_checkpoint(config, parsed.checkpoint, source, tasks)
+        print(f"{source}: accuracy {accuracy:.4f} on {tasks} tasks")
+    return 0

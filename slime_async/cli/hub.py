@@ -1,0 +1,24 @@
+"""``slime-async hub``: the queue's process."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slime_async.cli.common import add_role_arguments, begin_role, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_role_arguments(parser, needs_hub=False)
+    parser.add_argument(
+        "--ready-file", metavar="FILE", type=Path, help="gets the address once the hub listens [DIR/hub.address]"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    begin_role("hub")
+    from slime_async.transport.hub import run_hub
+
+    run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+    return 0

@@ -1,0 +1,66 @@
+"""What every launcher offers to the supervisor: start a role's command, tell when it ends, stop everything."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+USER_ERROR = 2
+"""Exit code of a process that was asked for something impossible; starting it again would not help"""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCommand:
+    """One process to run: ``name`` is unique in the run and names its log."""
+
+    name: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Over the environment of the launcher"""
+
+
+class RoleProcess(Protocol):
+    """A started role."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def log(self) -> Path:
+        """Its stdout and stderr"""
+
+    async def wait(self) -> int:
+        """Its exit code, negative for the signal that killed it; nothing that it started is left by then."""
+
+
+class Launcher(Protocol):
+    """Where roles run. Every started process ends with ``stop``, or with the death of the launcher."""
+
+    async def start(self, command: RoleCommand) -> RoleProcess: ...
+
+    async def stop(self) -> None:
+        """End everything that runs: politely, then by force. Returns once nothing is left."""
+
+
+def describe_exit(code: int) -> str:
+    """``exited with code 3`` or ``was killed by SIGKILL``."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def log_tail(log: Path, lines: int = 20, limit_bytes: int = 16384) -> str:
+    """The last lines of a log, however long it is; empty when there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - limit_bytes))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.rstrip().splitlines()[-lines:])

@@ -1,0 +1,28 @@
+"""``slime-async learner``: one rank of the learner; under torchrun, each of its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from slime_async.cli.common import add_role_arguments, begin_role, config_of
+from slime_async.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_role_arguments(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != config.learner.ranks:
+        raise ConfigError(
+            f"learner.ranks = {config.learner.ranks}, but this is one of {started}: start it with "
+            f"torchrun --nproc-per-node {config.learner.ranks} -m slime_async.cli.main learner …"
+        )
+    begin_role(f"learner-{os.environ['RANK']}" if started > 1 else "learner")
+    from slime_async.learner.role import run_learner
+
+    run_learner(config, parsed.hub, parsed.run_directory)
+    return 0

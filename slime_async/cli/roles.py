@@ -1,0 +1,50 @@
+"""The command line and environment of each role, as a launcher starts them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from slime_async.cli.launch import RoleCommand
+from slime_async.cli.supervise import RunPlan
+from slime_async.config import Config
+
+PROGRAM = ("-m", "slime_async.cli.main")
+
+
+def plan_run(config: Config, run: Path) -> RunPlan:
+    """All commands of a run on this machine; ``run`` holds the resolved ``config.toml``."""
+    settings = (str(run / "config.toml"), "--run-directory", str(run))
+    ready = run / "hub.address"
+    hub_argv = (sys.executable, *PROGRAM, "hub", *settings, "--ready-file", str(ready))
+
+    def actor(address: str, name: str) -> RoleCommand:
+        argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name)
+        return RoleCommand(name, argv, thread_environment(config.actor.threads))
+
+    def learner(address: str) -> RoleCommand:
+        argv = (*learner_interpreter(config.learner.ranks), *PROGRAM, "learner", *settings, "--hub", address)
+        # SGLang turns cuMem off in its processes, and a broadcast needs the same on both sides
+        environment = {**thread_environment(config.learner.threads), "NCCL_CUMEM_ENABLE": "0"}
+        return RoleCommand("learner", argv, environment)
+
+    return RunPlan(
+        hub=RoleCommand("hub", hub_argv, thread_environment(1)),
+        ready_file=ready,
+        learner=learner,
+        actor=actor,
+        actors=config.actor.count,
+        max_restarts=config.actor.max_restarts,
+    )
+
+
+def learner_interpreter(ranks: int) -> tuple[str, ...]:
+    """Plain Python for one rank, torchrun for more; the rendezvous takes a free port."""
+    if ranks == 1:
+        return (sys.executable,)
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Limits the thread pools of torch, MKL and OpenBLAS, which otherwise take every core in every process."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}

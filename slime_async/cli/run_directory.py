@@ -1,0 +1,39 @@
+"""The directory of one run: ``runs/NAME-YYYYmmdd-HHMMSS/``.
+
+config.toml     as resolved: file, flags and defaults
+logs/           stdout and stderr of every process
+metrics.jsonl   a line per step           slime_async.telemetry.metrics
+events.jsonl    what else happened        slime_async.telemetry.events
+spans/          when who computed         slime_async.telemetry.spans
+checkpoints/    the learner's
+summary.json    the result                slime_async.telemetry.summary
+"""
+
+from __future__ import annotations
+
+import itertools
+from datetime import datetime
+from pathlib import Path
+
+from slime_async.config import Config, ConfigError, dump_toml
+
+
+def make_run_directory(config: Config, now: datetime) -> Path:
+    """Make the directory with its resolved configuration; a second run in the same second gets a number."""
+    stem = f"{config.run.name}-{now:%Y%m%d-%H%M%S}"
+    for attempt in itertools.count(1):
+        run = config.run.directory / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            if run.is_dir():
+                continue
+            raise ConfigError(f"run.directory = {str(config.run.directory)!r} has a file in its path") from None
+        except OSError as error:
+            text = f"run.directory = {str(config.run.directory)!r} cannot be written: {error.strerror}"
+            raise ConfigError(text) from None
+        break
+    for name in ("logs", "spans", "checkpoints"):
+        (run / name).mkdir()
+    (run / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    return run

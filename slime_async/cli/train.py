@@ -1,0 +1,122 @@
+"""``slime-async train``: hub, actors and learner on this machine, watched until the last step."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slime_async.cli.common import add_config_argument, config_of
+from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.observe import observe
+from slime_async.cli.result import print_summary
+from slime_async.cli.roles import plan_run
+from slime_async.cli.run_directory import make_run_directory
+from slime_async.cli.supervise import RunError, RunPlan, Supervisor
+from slime_async.config import Config, ConfigError
+from slime_async.config.checks import function_paths
+from slime_async.protocol import Scalar
+from slime_async.telemetry.events import EventLog, EventName
+from slime_async.telemetry.summary import write_summary
+
+Watch = Callable[[Config, str], Coroutine[Any, Any, None]]
+"""(config, the hub's address); shows progress until it is cancelled"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    check_modules(config)
+    directory = make_run_directory(config, datetime.now())
+    print(f"run directory: {directory}", flush=True)
+    return train(config, directory, plan_run(config, directory))
+
+
+def check_modules(config: Config) -> None:
+    """Raise ``ConfigError`` for functions in packages that are not installed, before anything starts."""
+    missing = [
+        f"{key} = {path!r}: there is no module {package}, neither installed nor in {Path.cwd()}"
+        for key, path in function_paths(config).items()
+        if importlib.util.find_spec(package := path.partition(":")[0].partition(".")[0]) is None
+    ]
+    if missing:
+        raise ConfigError("\n".join(missing))
+
+
+def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe) -> int:
+    """Run a plan to its end, whatever that is; returns the exit code. Writes events and the summary."""
+    events = EventLog(directory / "events.jsonl")
+    events.write("run_started", staleness_bound=config.staleness.max_staleness)
+    exit_code, outcome, reason = 0, "finished", ""
+    supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, partial(_record, events))
+    try:
+        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config)), supervisor))
+        if stopped_by is not None:
+            exit_code, outcome, reason = 128 + stopped_by, "interrupted", f"stopped by {stopped_by.name}"
+    except RunError as failure:
+        exit_code, outcome, reason = failure.exit_code, "failed", str(failure)
+    events.write("run_finished", outcome=outcome, reason=reason)
+    events.close()
+    summary = write_summary(directory)
+    if summary.steps or outcome == "finished":
+        print_summary(summary)
+    if reason:
+        print(f"slime-async: {reason}", file=sys.stderr, flush=True)
+    print(f"run directory: {directory}", flush=True)
+    return exit_code
+
+
+def _record(events: EventLog, event: EventName, fields: Mapping[str, Scalar]) -> None:
+    events.write(event, **fields)
+    print(f"{event.replace('_', ' ')}: {', '.join(f'{key} {value}' for key, value in fields.items())}", flush=True)
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None], supervisor: Supervisor) -> signal.Signals | None:
+    """Run ``work`` until it ends or a signal comes, which is then returned. No process is left in either case."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def stop(number: signal.Signals) -> None:
+        if not stopped.done():
+            print(f"{number.name}: stopping all processes", file=sys.stderr, flush=True)
+            stopped.set_result(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    working = asyncio.create_task(work)
+    awaited: list[asyncio.Future[Any]] = [working, stopped]
+    try:
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            return stopped.result()
+        await working
+        return None
+    finally:
+        working.cancel()
+        await asyncio.wait([working])
+        await supervisor.stop()
+
+
+async def _supervise(supervisor: Supervisor, watch: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+    """Start everything, show progress, wait for the end. A view that breaks by a bug of ours is an error."""
+    address = await supervisor.start()
+    waiting, watching = asyncio.create_task(supervisor.wait()), asyncio.create_task(watch(address))
+    try:
+        await asyncio.wait({waiting, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            watching.result()
+        await waiting
+    finally:
+        for task in (waiting, watching):
+            task.cancel()
+        await asyncio.wait({waiting, watching})

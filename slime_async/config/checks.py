@@ -1,0 +1,123 @@
+"""What is wrong between fields: each complaint names the numbers that clash and what to change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from slime_async.config.schema import Config
+
+FUNCTION_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def complaints(config: Config) -> list[str]:
+    """Everything that cannot work, in the schema's order; empty when the configuration is sound."""
+    return [
+        *_names(config),
+        *_tasks(config),
+        *_function_paths(config),
+        *_lengths(config),
+        *_queue(config),
+        *_training(config),
+        *_hub(config),
+    ]
+
+
+def function_paths(config: Config) -> dict[str, str]:
+    """Every module:function of the configuration by its key; empty ones are left out."""
+    paths = {
+        "model.path": config.model.path if ":" in config.model.path else "",
+        "task.generate": config.task.generate,
+        "task.reward": config.task.reward,
+        "warm_start.demonstrations": config.warm_start.demonstrations,
+    }
+    for family, sources in (("train", config.task.train), ("evaluation", config.task.evaluation)):
+        paths |= {f"task.{family}.{name}.factory": source.factory for name, source in sources.items()}
+    return {key: path for key, path in paths.items() if path}
+
+
+def _names(config: Config) -> Iterator[str]:
+    if not re.fullmatch(r"[\w.-]+", config.run.name) or config.run.name.startswith("."):
+        yield f"run.name = {config.run.name!r} names a directory: use letters, digits, '-', '_' and '.'"
+
+
+def _tasks(config: Config) -> Iterator[str]:
+    if not config.model.path:
+        yield "model.path is not set: give a Hugging Face checkpoint directory, or module:function that writes one"
+    if not config.task.train:
+        yield "no training source: add a table [task.train.NAME] with factory = 'module:function'"
+    if not config.task.evaluation:
+        asked = [f"evaluation.{when}" for when in ("before", "after") if getattr(config.evaluation, when)]
+        if asked:
+            yield (
+                f"{' and '.join(asked)} ask{'s' if len(asked) == 1 else ''} for an evaluation, but there is no "
+                f"[task.evaluation.NAME]: add one, or set {' and '.join(f'{key} = false' for key in asked)}"
+            )
+    for name in sorted(config.task.train.keys() & config.task.evaluation.keys()):
+        yield f"source {name!r} is both in task.train and in task.evaluation: sources need names of their own"
+
+
+def _function_paths(config: Config) -> Iterator[str]:
+    for key, path in function_paths(config).items():
+        if not FUNCTION_PATH.fullmatch(path):
+            yield f"{key} = {path!r} is no function's path: write package.module:function"
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    new, context = config.sampling.max_new_tokens, config.sampling.max_context_tokens
+    if new >= context:
+        yield (
+            f"sampling.max_new_tokens = {new} leaves no room for a prompt in sampling.max_context_tokens = {context}: "
+            f"lower the first below {context} or raise the second"
+        )
+
+
+def _queue(config: Config) -> Iterator[str]:
+    batch = config.batch
+    size = f"a batch of {batch.trajectories} trajectories (batch.groups = {batch.groups} × batch.group_size = "
+    size += f"{batch.group_size})"
+    if batch.queue_trajectories is not None and batch.queue_trajectories < batch.trajectories:
+        yield (
+            f"batch.queue_trajectories = {batch.queue_trajectories} can never hold {size}: training would wait "
+            f"for ever; use {batch.trajectories} or more, or leave it out"
+        )
+    if batch.max_trajectory_bytes > batch.queue_bytes:
+        yield (
+            f"batch.max_trajectory_bytes = {batch.max_trajectory_bytes} does not fit into batch.queue_bytes = "
+            f"{batch.queue_bytes}: raise the second or lower the first"
+        )
+    if batch.groups % config.learner.optimizer_steps:
+        yield (
+            f"batch.groups = {batch.groups} does not divide into learner.optimizer_steps = "
+            f"{config.learner.optimizer_steps} minibatches of whole groups: use a multiple"
+        )
+
+
+def _training(config: Config) -> Iterator[str]:
+    if config.warm_start.steps and not config.warm_start.demonstrations:
+        yield (
+            f"warm_start.steps = {config.warm_start.steps} needs warm_start.demonstrations = 'module:function', "
+            "or warm_start.steps = 0"
+        )
+    if config.warm_start.control_steps and not config.warm_start.steps:
+        yield (
+            f"warm_start.control_steps = {config.warm_start.control_steps} goes on where warm_start.steps = 0 ended: "
+            "set warm_start.steps too, or warm_start.control_steps = 0"
+        )
+    if config.run.deterministic and config.staleness.max_staleness:
+        yield (
+            f"run.deterministic = true needs staleness.max_staleness = 0, which is {config.staleness.max_staleness}: "
+            "asynchronous runs depend on timing"
+        )
+
+
+def _hub(config: Config) -> Iterator[str]:
+    hub = config.hub
+    if not re.fullmatch(r"tcp://[^/\s]+:(\d+)", hub.address):
+        yield f"hub.address = {hub.address!r} is no address: write tcp://HOST:PORT, port 0 takes a free one"
+    if hub.heartbeat_timeout_s <= 2 * hub.heartbeat_interval_s:
+        yield (
+            f"hub.heartbeat_timeout_s = {hub.heartbeat_timeout_s} with hub.heartbeat_interval_s = "
+            f"{hub.heartbeat_interval_s} takes one late heartbeat for a death: use more than "
+            f"{2 * hub.heartbeat_interval_s}"
+        )
