@@ -1,4 +1,4 @@
-"""What every launcher offers to the supervisor: start a command somewhere, tell when it ends, stop everything."""
+"""What every launcher offers to the supervisor: start a role's command, tell when it ends, stop everything."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from slime_async.config import Config, ConfigError, dump_toml
 
 
 def make_run_directory(config: Config, now: datetime) -> Path:
-    """Make the directory; a second run in the same second gets a number."""
+    """Make the directory with its resolved configuration; a second run in the same second gets a number."""
     stem = f"{config.run.name}-{now:%Y%m%d-%H%M%S}"
     for attempt in itertools.count(1):
         run = config.run.directory / (stem if attempt == 1 else f"{stem}-{attempt}")
@@ -35,9 +35,5 @@ def make_run_directory(config: Config, now: datetime) -> Path:
         break
     for name in ("logs", "spans", "checkpoints"):
         (run / name).mkdir()
-    return run
-
-
-def write_config(config: Config, run: Path) -> None:
-    """The configuration as resolved; the roles read this file."""
     (run / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    return run
