@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slime_async.cli.common import config_of
 from slime_async.cli.flags import add_config_flags
-from slime_async.config import ConfigError
+from slime_async.config import Config, ConfigError
+from slime_async.trajectory import WeightId
+
+if TYPE_CHECKING:
+    from slime_async.actors.evaluate import EvaluationSummary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +38,23 @@ def run(parsed: argparse.Namespace) -> int:
     tasks = config.evaluation.tasks if parsed.tasks is None else parsed.tasks
     if tasks < 1:
         raise ConfigError(f"--tasks {tasks}: must be at least 1")
+    for source in sources if parsed.source is None else [parsed.source]:
+        result = evaluate(config, parsed.checkpoint, source, tasks)
+        print(f"{source}: accuracy {result.accuracy:.4f} on {result.tasks} tasks, {result.failed} of them failed")
+    return 0
+
+
+def evaluate(config: Config, checkpoint: Path, source: str, tasks: int) -> EvaluationSummary:
+    """Play the first ``tasks`` tasks of ``source`` with the weights in ``checkpoint``."""
+    from slime_async.actors.embedded.engine import EmbeddedEngine
     from slime_async.actors.evaluate import evaluate_checkpoint
 
-    for source in sources if parsed.source is None else [parsed.source]:
-        accuracy = evaluate_checkpoint(config, parsed.checkpoint, source, tasks)
-        print(f"{source}: accuracy {accuracy:.4f} on {tasks} tasks")
-    return 0
+    engine = EmbeddedEngine(
+        checkpoint,
+        slots=config.actor.max_running_requests,
+        max_context=config.sampling.max_context_tokens,
+        device=config.actor.device,
+        threads=config.actor.threads,
+        weights=WeightId(0, 0),
+    )
+    return asyncio.run(evaluate_checkpoint(config, checkpoint, source, tasks, engine))

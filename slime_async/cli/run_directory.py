@@ -35,5 +35,9 @@ def make_run_directory(config: Config, now: datetime) -> Path:
         break
     for name in ("logs", "spans", "checkpoints"):
         (run / name).mkdir()
-    (run / "config.toml").write_text(dump_toml(config), encoding="utf-8")
     return run
+
+
+def write_config(config: Config, run: Path) -> None:
+    """The configuration as resolved; the roles read this file."""
+    (run / "config.toml").write_text(dump_toml(config), encoding="utf-8")

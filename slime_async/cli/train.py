@@ -16,9 +16,10 @@ from typing import Any
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.launch_local import LocalLauncher
 from slime_async.cli.observe import observe
+from slime_async.cli.prepare import prepare_model
 from slime_async.cli.result import print_summary
 from slime_async.cli.roles import plan_run
-from slime_async.cli.run_directory import make_run_directory
+from slime_async.cli.run_directory import make_run_directory, write_config
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
@@ -32,14 +33,31 @@ Watch = Callable[[Config, str], Coroutine[Any, Any, None]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(parser)
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also report what as many supervised steps reach without RL (sets warm_start.control-steps to run.steps)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
+    if parsed.control:
+        config = with_control(config)
     check_modules(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
+    config = prepare_model(config, directory)
+    write_config(config, directory)
     return train(config, directory, plan_run(config, directory))
+
+
+def with_control(config: Config) -> Config:
+    """The same run with a control experiment as long as RL. Raises ``ConfigError`` when it has no supervised phase."""
+    if not config.warm_start.steps:
+        raise ConfigError("--control goes on with the supervised phase, but warm_start.steps = 0: there is none")
+    warm_start = config.warm_start.model_copy(update={"control_steps": config.run.steps})
+    return config.model_copy(update={"warm_start": warm_start})
 
 
 def check_modules(config: Config) -> None:
@@ -63,6 +81,8 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
         stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config)), supervisor))
         if stopped_by is not None:
             exit_code, outcome, reason = 128 + stopped_by, "interrupted", f"stopped by {stopped_by.name}"
+        elif config.warm_start.control_steps:
+            evaluate_control(config, directory, events)
     except RunError as failure:
         exit_code, outcome, reason = failure.exit_code, "failed", str(failure)
     events.write("run_finished", outcome=outcome, reason=reason)
@@ -74,6 +94,24 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
         print(f"slime-async: {reason}", file=sys.stderr, flush=True)
     print(f"run directory: {directory}", flush=True)
     return exit_code
+
+
+def evaluate_control(config: Config, directory: Path, events: EventLog) -> None:
+    """The control experiment's accuracy, on the same tasks as the run's own evaluations."""
+    from slime_async.cli.eval import evaluate
+
+    checkpoint = directory / "checkpoints" / "supervised_only"
+    for source in config.task.evaluation:
+        print(f"evaluating the supervised control on {source}", flush=True)
+        result = evaluate(config, checkpoint, source, config.evaluation.tasks)
+        events.write(
+            "evaluation",
+            name="supervised_only",
+            source=source,
+            accuracy=result.accuracy,
+            tasks=result.tasks,
+            failed=result.failed,
+        )
 
 
 def _record(events: EventLog, event: EventName, fields: Mapping[str, Scalar]) -> None:

@@ -81,7 +81,7 @@ def _queue(config: Config) -> Iterator[str]:
             f"batch.queue_trajectories = {batch.queue_trajectories} can never hold {size}: training would wait "
             f"for ever; use {batch.trajectories} or more, or leave it out"
         )
-    if batch.max_trajectory_bytes > batch.queue_bytes:
+    if batch.queue_bytes is not None and batch.max_trajectory_bytes > batch.queue_bytes:
         yield (
             f"batch.max_trajectory_bytes = {batch.max_trajectory_bytes} does not fit into batch.queue_bytes = "
             f"{batch.queue_bytes}: raise the second or lower the first"
