@@ -11,6 +11,9 @@ from typing import Protocol
 USER_ERROR = 2
 """Exit code of a process that was asked for something impossible; starting it again would not help"""
 
+CONSEQUENCE = 75
+"""Exit code of a process that ends because another one failed: whose failure it was shows soon, by its own exit"""
+
 
 @dataclass(frozen=True, slots=True)
 class RoleCommand:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime_async.cli.launch import USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
+from slime_async.cli.launch import CONSEQUENCE, USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventName
 
@@ -26,6 +26,8 @@ HUB_START_TIMEOUT_S = 60.0
 READY_POLL_S = 0.05
 FOLLOW_TIMEOUT_S = 60.0
 """From the first clean exit to the learner's, which may still write a checkpoint"""
+CAUSE_TIMEOUT_S = 10.0
+"""From the first exit that was another's fault until that other must have exited as well"""
 LEAVE_TIMEOUT_S = 10.0
 """From the learner's clean exit until hub and actors are stopped by signal"""
 AFTERMATH_S = 0.5
@@ -92,10 +94,12 @@ class Supervisor:
             patience = None if deadline is None else max(0.0, deadline - loop.time())
             done, _ = await asyncio.wait(self._exits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise RunError(f"the others left, but the learner did not follow within {FOLLOW_TIMEOUT_S:g} s")
+                raise RunError("the others left, but the learner is still there: stopping it")
             for task in sorted(done, key=lambda task: _rank(self._exits[task].name)):
                 process, code = self._exits.pop(task), task.result()
-                if code:
+                if code == CONSEQUENCE:
+                    deadline = deadline or loop.time() + CAUSE_TIMEOUT_S
+                elif code:
                     await self._survive(process, code)
                 elif process.name == "learner":
                     await self._farewell()
@@ -131,7 +135,8 @@ class Supervisor:
         """Start a dead actor again, or raise ``RunError``."""
         is_actor = process.name.startswith("actor-")
         if not is_actor or code == USER_ERROR:
-            await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
+            if self._exits:
+                await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
         self._on_event("actor_died", {"actor": process.name, "exit_code": code})
         if self._restarts == self._plan.max_restarts:

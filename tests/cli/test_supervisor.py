@@ -104,3 +104,13 @@ def test_what_a_dead_actor_had_started_goes_with_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="used up"):
         supervise(tmp_path, standins.make_plan(tmp_path, actor=actor, max_restarts=0))
     assert (tmp_path / "pids" / "actor-0.child").exists()
+
+
+def test_who_fell_with_another_is_not_blamed_and_not_started_again(tmp_path: Path) -> None:
+    fall = "import time\nwhile not (run / 'pids' / 'learner').exists(): time.sleep(0.02)\nsys.exit(75)\n"
+    learner = "record()\nimport time\ntime.sleep(0.5)\nprint('what really happened')\nsys.exit(1)"
+    plan = standins.make_plan(tmp_path, hub=standins.HUB + fall, actor="record()\n" + fall, learner=learner)
+    with pytest.raises(RunError) as failure:
+        supervise(tmp_path, plan)
+    assert "learner exited with code 1" in str(failure.value)
+    assert "| what really happened" in str(failure.value)
