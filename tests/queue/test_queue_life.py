@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from queue_driver import LEARNER, Driver, keys_of, make_limits, make_meta, tasks_of
 
-from slime_async.queue import QueueLimits, TaskStream, TrajectoryQueue, Waiting
+from slime_async.queue import TaskStream, TrajectoryQueue, Waiting
 from slime_async.trajectory import TrajectoryKey
 
 
@@ -165,7 +165,8 @@ def test_waiting_says_exactly_what_is_missing() -> None:
         "21 of 32 groups complete; 600 trajectories with 1 actor; admission closed by staleness 768 of 768"
     )
     assert drive.queue.waiting_for(drive.now + 60) == (
-        f"nothing moved for 61 s; actors: admission closed by staleness 768 of 768; learner: {answer.reason}"
+        f"nothing moved for 61 s; actors: admission closed by staleness 768 of 768; "
+        f"learner: has not leased batch 0; the next batch: {answer.reason}"
     )
 
 
@@ -223,11 +224,3 @@ def test_statistics_are_flat_numbers() -> None:
 def test_an_actor_without_free_slots_gets_nothing(slots: int) -> None:
     drive = Driver(make_limits())
     assert drive.grant(slots) == ()
-
-
-def test_limits_come_from_the_default_configuration() -> None:
-    from slime_async.config.schema import Config
-
-    limits = QueueLimits.from_config(Config())
-    assert (limits.batch, limits.pacing, limits.queue_trajectories) == (256, 768, 768)
-    assert limits.queue_bytes == 256 * limits.max_trajectory_bytes
