@@ -30,6 +30,8 @@ class Ledger:
         self.incarnation = -1
         self.next_evaluation_serial = -1
         self.evaluations: dict[str, events.EvaluationOpened] = {}
+        self.results: dict[str, events.EvaluationFinished] = {}
+        """Of those that are finished"""
         self.groups: dict[int, Group] = {}
         """By serial, all that are neither durable nor dropped"""
         self.pending: dict[int, Group] = {}
@@ -95,6 +97,8 @@ class Ledger:
                 self.next_evaluation_serial = event.first_serial - event.num_tasks
             case events.BatchShape():
                 check_shape(event, self.limits)
+            case events.EvaluationFinished(name):
+                self.results[name] = event
             case events.SourcesDeclared(sizes):
                 self.tasks.declare_sources(sizes)
             case events.Snapshot():
@@ -146,6 +150,7 @@ class Ledger:
     def _join(self, event: events.LearnerJoined) -> None:
         self.incarnation = event.incarnation
         self.evaluations.clear()
+        self.results.clear()
         if not self.groups and not self.tasks.position:
             self.durable = event.version  # a run that starts from a checkpoint of another one
         for record in [r for r in self.batches.values() if r.train_version >= event.version]:

@@ -109,7 +109,7 @@ class TrajectoryQueue:
             )
         self._table(meta.key).free_slot(meta.key, meta.attempt, actor)
         self._meters.moved(now)
-        taken = self._accept(meta) if meta.key.task >= 0 else self._evaluations.accept(meta)
+        taken = self._accept(meta) if meta.key.task >= 0 else self._accept_evaluation(meta)
         if taken is None:
             self._meters.unwanted += 1
             return "unwanted"
@@ -130,6 +130,7 @@ class TrajectoryQueue:
         if failures >= self.limits.max_attempts:
             if key.task < 0:
                 self._evaluations.give_up(key)
+                self._finish_evaluation(key)
             else:
                 self._drop(key.task, "failed")
 
@@ -253,8 +254,17 @@ class TrajectoryQueue:
         self._meters.moved(now)
 
     def evaluation_result(self, name: str) -> EvaluationResult | None:
-        """None until every task has a result or has failed for good. Raises ``ValueError`` for an unknown name."""
-        return self._evaluations.result(name)
+        """None until every task has a result or has failed for good; the rewards of those that failed are left out.
+
+        Raises ``ValueError`` for a name that the present learner did not open.
+        """
+        if name not in self._ledger.evaluations:
+            known = sorted(self._ledger.evaluations)
+            raise ValueError(f"no evaluation {name!r}; known: {known}. Open it with evaluate first")
+        result = self._ledger.results.get(name)
+        if result is None:
+            return None
+        return EvaluationResult(result.name, result.rewards, result.failed, result.versions)
 
     # ----------------------------------------------------------------------------------------- introspection
 
@@ -324,8 +334,9 @@ class TrajectoryQueue:
                 for sample in range(limits.group_size)
                 if sample not in group.accepted
             )
-        for opened in queue._ledger.evaluations.values():
-            queue._evaluations.open(opened)
+        for name, opened in queue._ledger.evaluations.items():
+            if name not in queue._ledger.results:
+                queue._evaluations.open(opened)
         return queue
 
     # ----------------------------------------------------------------------------------------------- private
@@ -360,6 +371,16 @@ class TrajectoryQueue:
         if complete and self.limits.drop_equal_rewards and group.rewards_equal():
             self._drop(meta.key.task, "equal_rewards")
         return True
+
+    def _accept_evaluation(self, meta: TrajectoryMeta) -> bool | None:
+        taken = self._evaluations.accept(meta)
+        if taken:
+            self._finish_evaluation(meta.key)
+        return taken
+
+    def _finish_evaluation(self, key: TrajectoryKey) -> None:
+        if finished := self._evaluations.finish(key):
+            self._record(finished)
 
     def _drop(self, serial: int, reason: DropReason) -> None:
         for sample in range(self.limits.group_size):

@@ -37,6 +37,7 @@ def take(ledger: Ledger) -> Snapshot:
         largest_bytes=ledger.largest_bytes,
         tasks=ledger.tasks.state(),
         evaluations=tuple(ledger.evaluations.values()),
+        results=tuple(ledger.results.values()),
         groups=tuple(
             (group.task, tuple(group.accepted[sample] for sample in sorted(group.accepted)))
             for _, group in sorted(ledger.groups.items())
@@ -57,6 +58,7 @@ def restore(ledger: Ledger, state: Snapshot) -> None:
     ledger.largest_bytes = state.largest_bytes
     ledger.tasks.restore(state.tasks)
     ledger.evaluations = {evaluation.name: evaluation for evaluation in state.evaluations}
+    ledger.results = {result.name: result for result in state.results}
     ledger.totals = dict(state.totals)
     ledger.groups = {task.serial: Group(task, {a.meta.key.sample: a for a in taken}) for task, taken in state.groups}
     ledger.batches = {

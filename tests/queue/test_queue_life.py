@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
+import numpy as np
 import pytest
 from queue_driver import LEARNER, Driver, keys_of, make_limits, make_meta, tasks_of
 
-from slime_async.queue import TaskStream, TrajectoryQueue, Waiting
-from slime_async.trajectory import TrajectoryKey
+from slime_async.queue import TaskStream, TrajectoryMeta, TrajectoryQueue, Waiting
+from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
 
 
 def test_nothing_is_granted_before_the_first_publication() -> None:
@@ -209,6 +213,28 @@ def test_a_finite_stream_that_runs_out_says_so() -> None:
     answer = drive.ask(1)
     assert type(answer).__name__ == "Exhausted"
     assert "1 groups are left, a batch needs 2" in answer.reason  # type: ignore[union-attr]
+
+
+def test_the_queue_knows_a_trajectory_by_its_meta() -> None:
+    trajectory = Trajectory(
+        task=TaskRef(3, "train", 0),
+        sample=1,
+        attempt=2,
+        token_ids=np.arange(6, dtype=np.int32),
+        loss_mask=np.array([0, 0, 1, 1, 0, 1], dtype=np.uint8),
+        behavior_logprobs=np.zeros(6, dtype=np.float32),
+        spans=(VersionSpan(2, WeightId(1, 4)), VersionSpan(4, WeightId(1, 5))),
+        reward=0.5,
+        finish_reason="stop",
+    )
+    assert TrajectoryMeta.of(trajectory, 99) == TrajectoryMeta(TrajectoryKey(3, 1), 2, 6, 3, 99, ((4, 2), (5, 1)), 0.5)
+
+
+@pytest.mark.parametrize("module", ["slime_async.queue.queue", "slime_async.queue.tasks"])
+def test_the_examples_of_the_docstrings_hold(module: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(module))
+    assert failed == 0
+    assert attempted > 0
 
 
 def test_statistics_are_flat_numbers() -> None:

@@ -321,6 +321,9 @@ class QueueMachine(RuleBasedStateMachine):
             if self.statistics().leased or self.lease() is not None:
                 self.commit()
                 self.queue.publish(self.incarnation, self.queue.trained_version, self.tick())
+        while self.running["c"]:
+            held = self.running["c"].pop()
+            self.deliver_to_queue(held, "c", 4, 20, float(held[0].sample))
 
     @rule()
     def drive_to_the_next_batch(self) -> None:
@@ -378,5 +381,5 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )

@@ -124,6 +124,18 @@ def test_a_replay_has_the_same_state_and_grants_what_was_in_flight() -> None:
     assert keys_of(again)[: len(missing)] == missing
 
 
+def test_a_finished_evaluation_survives_a_replay_and_an_unfinished_one_begins_anew() -> None:
+    drive = trained_driver(1)
+    drive.queue.evaluate("done", "held-out", 2, drive.tick())
+    drive.deliver_all(drive.grant(2))
+    drive.queue.evaluate("open", "held-out", 2, drive.tick())
+    drive.deliver_all(drive.grant(1))
+    queue = replayed(drive.queue.limits, list(drive.queue.take_events()))
+    assert queue.evaluation_result("done") == drive.queue.evaluation_result("done")
+    assert queue.evaluation_result("open") is None
+    assert [r.evaluation for r in queue.grant("a", 3, 0.0)] == ["open", "open", ""]
+
+
 def test_a_lease_survives_a_replay() -> None:
     drive = trained_driver(2)
     drive.deliver_all(drive.grant(), 2)
@@ -151,11 +163,13 @@ def test_a_journal_may_begin_with_a_snapshot() -> None:
 def test_events_survive_json() -> None:
     drive = trained_driver(2, max_attempts=1)
     drive.queue.evaluate("v2", "held-out", 2, drive.tick())
-    drive.fail(drive.grant(4)[-1])
+    first, second, *_, last = drive.grant(5)
+    drive.deliver_all((first, second))
+    drive.fail(last)
     drive.queue.make_durable(LEARNER, 1)
     drive.queue.learner_joined(LEARNER + 1, 1, drive.tick())
     journal = [*drive.queue.take_events(), drive.queue.state()]
-    assert len({type(event) for event in journal}) == 12
+    assert len({type(event) for event in journal}) == 13
     read = [from_plain(json.loads(json.dumps(to_plain(event)))) for event in journal]
     assert read == journal
     assert [type(event) for event in read] == [type(event) for event in journal]
