@@ -8,6 +8,7 @@ open and later call raises ``EngineError`` with what it died of.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 import time
@@ -177,10 +178,21 @@ class EmbeddedEngine:
                 f"request {request.request_id}: a prompt of {len(ids)} tokens leaves no room in a context of "
                 f"{self._max_context}; raise sampling.max_context_tokens or shorten the prompt"
             )
-        if request.sampling.max_new_tokens < 1:
-            raise ValueError(
-                f"request {request.request_id}: max_new_tokens = {request.sampling.max_new_tokens}; ask for at least 1"
-            )
+        sampling = request.sampling
+        refused = {  # the decode thread would die of these, or sample nonsense
+            "max_new_tokens": (sampling.max_new_tokens, sampling.max_new_tokens < 1, "ask for at least 1"),
+            "temperature": (sampling.temperature, not 0 <= sampling.temperature < math.inf, "0 is greedy, 1 the model"),
+            "top_p": (sampling.top_p, not 0 < sampling.top_p <= 1, "a share of the mass, 1 for all"),
+            "seed": (sampling.seed, not 0 <= (sampling.seed or 0) < 2**64, "64 bits without a sign"),
+            "resumed_tokens": (
+                request.resumed_tokens,
+                not 0 <= request.resumed_tokens <= len(ids),
+                "they end the prompt",
+            ),
+        }
+        for field, (value, is_refused, remedy) in refused.items():
+            if is_refused:
+                raise ValueError(f"request {request.request_id}: {field} = {value}; {remedy}")
 
     def _check_alive(self) -> None:
         if self._failure is not None:
