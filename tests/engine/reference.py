@@ -137,10 +137,14 @@ class Learner:
         finally:
             group.close()
 
+    @staticmethod
+    def manifest(tensors: dict[str, Tensor]) -> WeightManifest:
+        names = ((name, str(tensor.dtype).removeprefix("torch."), tensor) for name, tensor in tensors.items())
+        return WeightManifest(tuple(TensorSpec(name, dtype, tuple(tensor.shape)) for name, dtype, tensor in names))
+
     async def broadcast(self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId) -> None:
         """Raises what the engine raises."""
-        specs = (TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
-        receiving: Awaitable[None] = engine.receive_weights(WeightManifest(tuple(specs)), weights)
+        receiving: Awaitable[None] = engine.receive_weights(self.manifest(tensors), weights)
         sent, received = await asyncio.gather(
             asyncio.to_thread(self.group.send, tensors.items()), receiving, return_exceptions=True
         )
