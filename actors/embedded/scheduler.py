@@ -46,7 +46,7 @@ class Scheduler:
     """Owns the decoder's slots. Everything is called from one thread, under ``torch.inference_mode``."""
 
     def __init__(self, decoder: Decoder, slots: int, weights: WeightId | None, *, fixed_slots: bool) -> None:
-        """With ``fixed_slots`` every step computes all of them, so that a row's result has no other rows' company."""
+        """With ``fixed_slots`` prompts run alone and every step computes all slots: no result depends on its company."""
         self._decoder = decoder
         self._slots = slots
         self._fixed_slots = fixed_slots
@@ -201,7 +201,7 @@ class Scheduler:
         """Groups of equal length, each small enough for one prefill."""
         for n, group in itertools.groupby(sorted(requests, key=lambda r: (length(r), r.slot)), length):
             members = list(group)
-            size = max(1, PREFILL_TOKENS // max(1, n))
+            size = 1 if self._fixed_slots else max(1, PREFILL_TOKENS // max(1, n))
             for i in range(0, len(members), size):
                 yield members[i : i + size]
 
