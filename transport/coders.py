@@ -176,7 +176,13 @@ def _mapping(item: Coder) -> Coder:
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         assert encode_item is not None
-        return {k: encode_item(v, frames) for k, v in value.items()}
+        raw: dict[str, Any] = {}
+        for key, entry in value.items():
+            try:
+                raw[key] = encode_item(entry, frames)
+            except BadMessage as bad:
+                raise bad.within(f"[{key[:80]!r}]") from None
+        return raw
 
     def decode(raw: Any, frames: Frames) -> dict[str, Any]:
         if type(raw) is not dict:
@@ -299,6 +305,8 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
             )
         if wanted is not None and value.ndim != 1:
             raise BadMessage(f"wants one dimension, got shape {value.shape}")
+        if not 1 <= value.ndim <= DEFAULT_LIMITS.dimensions:
+            raise BadMessage(f"has shape {value.shape}: too few or too many dimensions")
         frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
         return [name, value.shape]
 
