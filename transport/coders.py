@@ -22,11 +22,11 @@ the same order. Whatever comes in, decoders raise ``BadMessage`` and nothing els
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import reprlib
 import types
 from collections.abc import Callable, Sequence
-from functools import cache
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -228,7 +228,7 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     coders = [coder(hints[n]) for n in names]
     decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
     encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values = attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    values = operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, cls):
@@ -351,7 +351,7 @@ def register(kind: type, custom: Coder) -> None:
     _CUSTOM[kind] = custom
 
 
-@cache
+@functools.cache
 def coder(annotation: Any) -> Coder:
     """The coder of one annotation. Raises ``TypeError`` for one that has no form on the wire."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -380,7 +380,7 @@ def coder(annotation: Any) -> Coder:
 def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:
     some = tuple(a for a in arguments if a is not type(None))
     if len(some) < len(arguments):
-        return _optional(coder(some[0] if len(some) == 1 else Union[some]))
+        return _optional(coder(some[0] if len(some) == 1 else functools.reduce(operator.or_, some)))
     if set(some) == {bool, int, float, str}:
         return Coder(None, _decode_scalar)
     if all(dataclasses.is_dataclass(a) for a in some):

@@ -29,7 +29,7 @@ def make_trajectory(
     values: dict[str, Any] = {
         "task": TaskRef(serial, "train", serial),
         "sample": sample,
-        "attempt": attempt,
+        "attempt": 0,
         "token_ids": np.array([1, 2, 3, 4, 5], np.int32),
         "loss_mask": np.array([0, 0, 1, 1, 1], np.uint8),
         "behavior_logprobs": np.array([0, 0, -0.5, -1, -1.5], np.float32),

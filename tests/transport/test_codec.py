@@ -290,8 +290,7 @@ def test_changed_frames_are_read_or_refused_as_bad_and_nothing_else() -> None:
     for case in range(MUTATIONS):
         try:
             decode(fuzzed(source, encoded[case % len(encoded)]))
-        except BadMessage as bad:
-            assert str(bad)
+        except BadMessage:
             refused += 1
     assert refused > MUTATIONS // 2
 
