@@ -446,4 +446,4 @@ def test_a_stall_is_logged_with_what_everybody_waits_for(caplog: pytest.LogCaptu
         run(test())
     assert "nothing moved for 0 s: " in caplog.messages[0]
     assert "actors: admission closed by staleness 8 of 8" in caplog.messages[0]
-    assert "learner: 0 of 2 groups complete; 8 trajectories with 1 actor" in caplog.messages[0]
+    assert "0 of 2 groups complete; 8 trajectories with 1 actor" in caplog.messages[0]
