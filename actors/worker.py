@@ -58,6 +58,10 @@ class RunOver(Exception):
     """The hub said that the run is over."""
 
 
+class RunEnded(RuntimeError):
+    """The hub said that the run has failed, and why."""
+
+
 class Worker:
     """One actor: one engine, one connection, and a coroutine per reservation."""
 
@@ -97,7 +101,7 @@ class Worker:
     async def _end_when_told(self) -> None:
         shutdown = await self._shutdown
         if shutdown.failed:
-            raise RuntimeError(f"the hub ended the run: {shutdown.reason}")
+            raise RunEnded(f"the hub ended the run: {shutdown.reason}")
         raise RunOver
 
     # --------------------------------------------------------------------------------------- what the hub sends

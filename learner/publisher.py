@@ -144,7 +144,7 @@ class Publisher:
             times, self._times = self._times, []
         return times
 
-    def close(self, timeout_s: float = 10.0) -> None:
+    def close(self, timeout_s: float) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()

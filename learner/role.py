@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 INCARNATION = 1
 """Until learners restart from checkpoints, a run has one."""
+CLOSE_TIMEOUT_S = 1.0
+"""For the publisher to stop; after a finished run it has nothing left to send."""
 CALL_TIMEOUT_S = 60.0
 """For calls that the hub answers at once."""
 
@@ -142,7 +144,7 @@ class Learner:
             self._recorder.close()
             self._events.close()
             if self._mail.publisher is not None:
-                self._publisher.close()
+                self._publisher.close(CLOSE_TIMEOUT_S)
                 self._outlet.close()
             self._client.close()
 

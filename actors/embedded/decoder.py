@@ -84,21 +84,24 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------- weights
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy Hugging Face tensors into place. Raises ``ValueError`` for missing, unknown and misshapen ones."""
-        missing = set(self._targets)
-        for name, tensor in tensors:
-            if name == "lm_head.weight" and self.config.tied_head:
-                continue  # some checkpoints store the tied matrix twice
+        """Copy Hugging Face tensors into place: all of them, or none.
+
+        Raises ``ValueError`` for missing, unknown and misshapen ones; the weights before are still whole then.
+        """
+        given = dict(tensors)
+        if self.config.tied_head:
+            given.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
+        for name, tensor in given.items():
             target = self._targets.get(name)
             if target is None:
                 raise ValueError(f"tensor {name!r} is none of this model's: {sorted(self._targets)[:3]} …")
             shape = target.shape[-1:] if name.endswith(QK_NORMS) else target.shape
             if shape != tensor.shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, this model's {tuple(shape)}")
-            target.copy_(tensor)
-            missing.discard(name)
-        if missing:
-            raise ValueError(f"{len(missing)} tensors are missing, {sorted(missing)[0]!r} among them")
+        if missing := sorted(self._targets.keys() - given.keys()):
+            raise ValueError(f"{len(missing)} tensors are missing, {missing[0]!r} among them")
+        for name, tensor in given.items():
+            self._targets[name].copy_(tensor)
 
     def _named_targets(self) -> Iterable[tuple[str, Tensor]]:
         c = self.config

@@ -8,11 +8,13 @@ open and later call raises ``EngineError`` with what it died of.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,8 +89,11 @@ class EmbeddedEngine:
         self._thread.start()
         if self._scheduler.weights is not None:
             weights = self._scheduler.weights
-            with torch.inference_mode():
+            try:
                 await self._command(lambda: self._scheduler.use_weights(read_tensors(self._checkpoint), weights))
+            except ValueError as error:
+                await self.close()
+                raise EngineError(f"engine {self.engine_id} could not load its weights: {error}") from error
 
     async def generate(self, request: GenerateRequest) -> Generation:
         self._check_request(request)
@@ -124,7 +129,11 @@ class EmbeddedEngine:
         self._check_alive()
         await self._leave_group()
         joining = in_daemon_thread(lambda: WeightGroup.create(spec, rank_offset), f"join {self.engine_id}")
-        self._group = await asyncio.wrap_future(joining)
+        try:
+            self._group = await asyncio.wrap_future(joining)
+        except asyncio.CancelledError:
+            joining.add_done_callback(_leave)  # the thread goes on joining: a member that nobody knows of would stay
+            raise
 
     async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
         self._check_alive()
@@ -132,7 +141,12 @@ class EmbeddedEngine:
         if group is None:
             raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
         receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
-        tensors = await asyncio.wrap_future(receiving)
+        try:
+            tensors = await asyncio.wrap_future(receiving)
+        except asyncio.CancelledError:
+            self._group = None
+            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
+            raise
 
         def use() -> None:
             self.in_flight_at_update = self._scheduler.running
@@ -177,10 +191,21 @@ class EmbeddedEngine:
                 f"request {request.request_id}: a prompt of {len(ids)} tokens leaves no room in a context of "
                 f"{self._max_context}; raise sampling.max_context_tokens or shorten the prompt"
             )
-        if request.sampling.max_new_tokens < 1:
-            raise ValueError(
-                f"request {request.request_id}: max_new_tokens = {request.sampling.max_new_tokens}; ask for at least 1"
-            )
+        sampling = request.sampling
+        refused = {  # the decode thread would die of these, or sample nonsense
+            "max_new_tokens": (sampling.max_new_tokens, sampling.max_new_tokens < 1, "ask for at least 1"),
+            "temperature": (sampling.temperature, not 0 <= sampling.temperature < math.inf, "0 is greedy, 1 the model"),
+            "top_p": (sampling.top_p, not 0 < sampling.top_p <= 1, "a share of the mass, 1 for all"),
+            "seed": (sampling.seed, not 0 <= (sampling.seed or 0) < 2**64, "64 bits without a sign"),
+            "resumed_tokens": (
+                request.resumed_tokens,
+                not 0 <= request.resumed_tokens <= len(ids),
+                "they end the prompt",
+            ),
+        }
+        for field, (value, is_refused, remedy) in refused.items():
+            if is_refused:
+                raise ValueError(f"request {request.request_id}: {field} = {value}; {remedy}")
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -264,6 +289,12 @@ class EmbeddedEngine:
 def _resolve(future: asyncio.Future[Result], result: Result) -> None:
     if not future.done():
         future.set_result(result)
+
+
+def _leave(joining: Future[WeightGroup]) -> None:
+    """Close the group that a call formed after its caller had gone; what failed to form needs nothing."""
+    if joining.exception() is None:
+        joining.result().close()
 
 
 def _reject(future: asyncio.Future[Result], error: Exception) -> None:

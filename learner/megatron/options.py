@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from slime_async.config.errors import ConfigError
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.reserved import RESERVED
 
@@ -48,7 +49,7 @@ class MegatronOptions:
 
 
 def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOptions:
-    """Sort options by config. Raises ``ValueError`` for names and values that Megatron or the learner cannot take."""
+    """Sort options by config. Raises ``ConfigError`` for names and values that Megatron or the learner cannot take."""
     by_config = {config: {f.name: f.default for f in fields(config)} for config in _CONFIGS}
     known = {name for names in by_config.values() for name in names}
     for name, value in options.items():
@@ -57,9 +58,9 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
             hint = (
                 f"did you mean '{near[0]}'?" if near else "it is no field of Megatron's model, DDP or optimizer config"
             )
-            raise ValueError(f"megatron.{name}: {hint}")
+            raise ConfigError(f"megatron.{name}: {hint}")
         if name in RESERVED:
-            raise ValueError(f"megatron.{name} cannot be set: {RESERVED[name]}")
+            raise ConfigError(f"megatron.{name} cannot be set: {RESERVED[name]}")
         for names in by_config.values():
             _check_type(name, value, names.get(name))
     model, ddp, optimizer = ({k: v for k, v in options.items() if k in by_config[config]} for config in _CONFIGS)
@@ -84,11 +85,11 @@ def _check_type(name: str, value: object, default: object) -> None:
     if wanted not in (bool, int, float, str):
         return
     if type(value) is not wanted and not (wanted is float and type(value) is int):
-        raise ValueError(f"megatron.{name} = {value!r} must be of type {wanted.__name__}")
+        raise ConfigError(f"megatron.{name} = {value!r} must be of type {wanted.__name__}")
 
 
 def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` with the numbers that clash when this model cannot be laid out so."""
+    """Raises ``ConfigError`` with the numbers that clash when this model cannot be laid out so."""
     tensor, pipeline, context, expert = layout.tensor, layout.pipeline, layout.context, layout.expert
     ranks = tensor * pipeline * context
     _require(min(tensor, pipeline, context, expert, layout.expert_tensor) >= 1, "parallel sizes must be at least 1")
@@ -139,4 +140,4 @@ def _check_experts(layout: Layout, count: int, hidden_size: int, sequence_parall
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(f"[megatron] {message}")
+        raise ConfigError(f"[megatron] {message}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from slime_async.cli.common import add_role_arguments, begin_role, config_of
+from slime_async.cli.launch import CONSEQUENCE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role(parsed.name)
-    from slime_async.actors.worker import run_actor
+    from slime_async.actors.worker import RunEnded, run_actor
 
-    run_actor(config, parsed.name, parsed.hub, parsed.run_directory)
-    return 0
+    try:
+        run_actor(config, parsed.name, parsed.hub, parsed.run_directory)
+    except* RunEnded as ended:
+        logging.getLogger(__name__).error("%s", ended.exceptions[0])
+        exit_code = CONSEQUENCE
+    else:
+        exit_code = 0
+    return exit_code

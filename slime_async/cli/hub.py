@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from slime_async.cli.common import add_role_arguments, begin_role, config_of
+from slime_async.cli.launch import CONSEQUENCE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role("hub")
-    from slime_async.transport.hub import run_hub
+    from slime_async.transport.hub import LearnerLost, run_hub
 
-    run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+    try:
+        run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+    except LearnerLost as lost:
+        logging.getLogger(__name__).error("%s", lost)
+        return CONSEQUENCE
     return 0

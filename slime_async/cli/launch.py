@@ -1,4 +1,4 @@
-"""What every launcher offers to the supervisor: start a command somewhere, tell when it ends, stop everything."""
+"""What every launcher offers to the supervisor: start a role's command, tell when it ends, stop everything."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Protocol
 
 USER_ERROR = 2
 """Exit code of a process that was asked for something impossible; starting it again would not help"""
+
+CONSEQUENCE = 75
+"""Exit code of a process that ends because another one failed: whose failure it was shows soon, by its own exit"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from slime_async.cli.launch import RoleCommand
 from slime_async.guard import GUARDED, guarded
 
-TERM_GRACE_S = 3.0
+TERM_GRACE_S = 2.0
 """Between SIGTERM and SIGKILL; with KILL_WAIT_S below the 5 s in which a run must stop"""
 KILL_WAIT_S = 1.5
 """How long the kernel may take to bury what was killed"""

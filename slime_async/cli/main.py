@@ -55,7 +55,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if "" not in sys.path:  # modules that a configuration names are found where the command runs, as under python -m
         sys.path.insert(0, "")
     module = importlib.import_module(f"slime_async.cli.{command}")
-    parser = FlagParser(prog=f"slime-async {command}", description=module.__doc__, allow_abbrev=False)
+    parser = FlagParser(
+        prog=f"slime-async {command}", description=(module.__doc__ or "").replace("``", ""), allow_abbrev=False
+    )
     module.add_arguments(parser)
     return int(module.run(parser.parse_strictly(arguments[1:])))
 

@@ -20,19 +20,11 @@ running_requests   actors    in its engine now
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from slime_async.config import Config
-from slime_async.protocol import GetStatus, Hello, Message, PeerStatus, Report, RunStatus
-from slime_async.transport.errors import ConnectionLost, DeadlineExceeded
-
-log = logging.getLogger(__name__)
-
-STATUS_TIMEOUT_S = 10.0
+from slime_async.protocol import PeerStatus, Report, RunStatus
 
 PHASES = {
     "starting": "starting",
@@ -112,31 +104,6 @@ async def watch(
         status = await get_status()
         show(progress_line(status, max_staleness, rate.update(status.peers, clock())))
         await asyncio.sleep(interval_s)
-
-
-async def watch_hub(address: str, config: Config) -> None:
-    """Watch the hub at ``address`` until it leaves; the supervisor says why it did."""
-    from slime_async.transport.client import HubClient
-
-    async def ignore(_: Message) -> None:
-        """Observers are told nothing that they would act on."""
-
-    hello = Hello(role="observer", name=f"progress-{os.getpid()}")
-    client = await HubClient.connect(address, hello, handler=ignore)
-
-    async def get_status() -> RunStatus:
-        status = await client.call(GetStatus(), STATUS_TIMEOUT_S)
-        assert isinstance(status, RunStatus)
-        return status
-
-    try:
-        await watch(
-            get_status, lambda line: print(line, flush=True), config.staleness.max_staleness, config.run.log_interval_s
-        )
-    except (ConnectionLost, DeadlineExceeded) as lost:
-        log.debug("the hub no longer answers: %s", lost)
-    finally:
-        await client.close()
 
 
 def _phase_line(phase: str, learner: Report, status: RunStatus) -> str:

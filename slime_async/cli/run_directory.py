@@ -19,7 +19,7 @@ from slime_async.config import Config, ConfigError, dump_toml
 
 
 def make_run_directory(config: Config, now: datetime) -> Path:
-    """Make the directory; a second run in the same second gets a number."""
+    """Make the directory with its resolved configuration; a second run in the same second gets a number."""
     stem = f"{config.run.name}-{now:%Y%m%d-%H%M%S}"
     for attempt in itertools.count(1):
         run = config.run.directory / (stem if attempt == 1 else f"{stem}-{attempt}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime_async.cli.launch import USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
+from slime_async.cli.launch import CONSEQUENCE, USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventName
 
@@ -26,13 +26,15 @@ HUB_START_TIMEOUT_S = 60.0
 READY_POLL_S = 0.05
 FOLLOW_TIMEOUT_S = 60.0
 """From the first clean exit to the learner's, which may still write a checkpoint"""
+CAUSE_TIMEOUT_S = 10.0
+"""From the first exit that was another's fault until that other must have exited as well"""
 LEAVE_TIMEOUT_S = 10.0
 """From the learner's clean exit until hub and actors are stopped by signal"""
 AFTERMATH_S = 0.5
 """After a failure, to see who fell with it"""
 
 
-class RunFailed(Exception):
+class RunError(Exception):
     """The run ended without its result. The text says who died, how, and the end of its log."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -65,7 +67,7 @@ class Supervisor:
         self,
         launcher: Launcher,
         plan: RunPlan,
-        on_event: Callable[[EventName, Mapping[str, Scalar]], None] = lambda _name, _fields: None,
+        on_event: Callable[[EventName, Mapping[str, Scalar]], None],
     ) -> None:
         self._launcher = launcher
         self._plan = plan
@@ -76,7 +78,7 @@ class Supervisor:
         self.address = ""
 
     async def start(self) -> str:
-        """Start everything; returns the hub's address. Raises ``RunFailed`` when the hub does not come up."""
+        """Start everything; returns the hub's address. Raises ``RunError`` when the hub does not come up."""
         await self._start(self._plan.hub)
         self.address = await self._hub_address()
         for index in range(self._plan.actors):
@@ -85,17 +87,19 @@ class Supervisor:
         return self.address
 
     async def wait(self) -> None:
-        """Until the learner is done and everyone has left. Raises ``RunFailed``; call ``stop`` in any case."""
+        """Until the learner is done and the others have left. Raises ``RunError``; call ``stop`` in any case."""
         deadline: float | None = None
         loop = asyncio.get_running_loop()
         while True:
             patience = None if deadline is None else max(0.0, deadline - loop.time())
             done, _ = await asyncio.wait(self._exits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise RunFailed(f"the others left, but the learner did not follow within {FOLLOW_TIMEOUT_S:g} s")
+                raise RunError("the others left, but the learner is still there: stopping it")
             for task in sorted(done, key=lambda task: _rank(self._exits[task].name)):
                 process, code = self._exits.pop(task), task.result()
-                if code:
+                if code == CONSEQUENCE:
+                    deadline = deadline or loop.time() + CAUSE_TIMEOUT_S
+                elif code:
                     await self._survive(process, code)
                 elif process.name == "learner":
                     await self._farewell()
@@ -119,18 +123,20 @@ class Supervisor:
             async with asyncio.timeout(HUB_START_TIMEOUT_S):
                 while not self._plan.ready_file.exists():
                     if exit_.done():
+                        del self._exits[exit_]
                         raise self._failure(hub, exit_.result())
                     await asyncio.sleep(READY_POLL_S)
         except TimeoutError:
             text = f"the hub does not listen after {HUB_START_TIMEOUT_S:g} s"
-            raise RunFailed(_with_log(text, hub.log)) from None
+            raise RunError(_with_log(text, hub.log)) from None
         return self._plan.ready_file.read_text().strip()
 
     async def _survive(self, process: RoleProcess, code: int) -> None:
-        """Start a dead actor again, or raise ``RunFailed``."""
+        """Start a dead actor again, or raise ``RunError``."""
         is_actor = process.name.startswith("actor-")
         if not is_actor or code == USER_ERROR:
-            await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
+            if self._exits:
+                await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
         self._on_event("actor_died", {"actor": process.name, "exit_code": code})
         if self._restarts == self._plan.max_restarts:
@@ -147,12 +153,12 @@ class Supervisor:
         if self._exits:
             await asyncio.wait(self._exits, timeout=LEAVE_TIMEOUT_S)
 
-    def _failure(self, process: RoleProcess, code: int, addition: str = "") -> RunFailed:
+    def _failure(self, process: RoleProcess, code: int, addition: str = "") -> RunError:
         if code == USER_ERROR:
-            return RunFailed(f"{process.name} refused to run:\n{log_tail(process.log, lines=5)}", USER_ERROR)
+            return RunError(f"{process.name} refused to run:\n{log_tail(process.log, lines=5)}", USER_ERROR)
         fallen = [f"{other.name} {describe_exit(task.result())}" for task, other in self._exits.items() if task.done()]
         also = f" (then {', '.join(fallen)})" if fallen else ""
-        return RunFailed(_with_log(f"{process.name} {describe_exit(code)}{addition}{also}", process.log))
+        return RunError(_with_log(f"{process.name} {describe_exit(code)}{addition}{also}", process.log))
 
 
 def _rank(name: str) -> int:

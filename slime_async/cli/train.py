@@ -7,24 +7,28 @@ import asyncio
 import importlib.util
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.observe import observe
 from slime_async.cli.prepare import prepare_model
-from slime_async.cli.progress import watch_hub
+from slime_async.cli.result import print_summary
 from slime_async.cli.roles import plan_run
 from slime_async.cli.run_directory import make_run_directory, write_config
-from slime_async.cli.summary_table import print_summary
-from slime_async.cli.supervise import RunFailed, RunPlan, Supervisor
+from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventLog, EventName
 from slime_async.telemetry.summary import write_summary
+
+Watch = Callable[[Config, str], Coroutine[Any, Any, None]]
+"""(config, the hub's address); shows progress until it is cancelled"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     if parsed.control:
-        if not config.warm_start.steps:
-            raise ConfigError("--control goes on with the supervised phase, but warm_start.steps = 0: there is none")
-        warm_start = config.warm_start.model_copy(update={"control_steps": config.run.steps})
-        config = config.model_copy(update={"warm_start": warm_start})
+        config = with_control(config)
     check_modules(config)
     directory = make_run_directory(config, datetime.now())
-    print(f"writing to {directory}", flush=True)
+    print(f"run directory: {directory}", flush=True)
     config = prepare_model(config, directory)
     write_config(config, directory)
     return train(config, directory, plan_run(config, directory))
+
+
+def with_control(config: Config) -> Config:
+    """The same run with a control experiment as long as RL. Raises ``ConfigError`` when it has no supervised phase."""
+    if not config.warm_start.steps:
+        raise ConfigError("--control goes on with the supervised phase, but warm_start.steps = 0: there is none")
+    warm_start = config.warm_start.model_copy(update={"control_steps": config.run.steps})
+    return config.model_copy(update={"warm_start": warm_start})
 
 
 def check_modules(config: Config) -> None:
@@ -62,22 +71,25 @@ def check_modules(config: Config) -> None:
         raise ConfigError("\n".join(missing))
 
 
-def train(config: Config, directory: Path, plan: RunPlan) -> int:
+def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe) -> int:
     """Run a plan to its end, whatever that is; returns the exit code. Writes events and the summary."""
     events = EventLog(directory / "events.jsonl")
     events.write("run_started", staleness_bound=config.staleness.max_staleness)
     exit_code, outcome, reason = 0, "finished", ""
+    supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, partial(_record, events))
     try:
-        stopped_by = asyncio.run(_supervise(config, directory, plan, events))
+        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config)), supervisor))
         if stopped_by is not None:
             exit_code, outcome, reason = 128 + stopped_by, "interrupted", f"stopped by {stopped_by.name}"
         elif config.warm_start.control_steps:
             evaluate_control(config, directory, events)
-    except RunFailed as failure:
+    except RunError as failure:
         exit_code, outcome, reason = failure.exit_code, "failed", str(failure)
     events.write("run_finished", outcome=outcome, reason=reason)
     events.close()
-    print_summary(write_summary(directory))
+    summary = write_summary(directory)
+    if summary.steps or outcome == "finished":
+        print_summary(summary)
     if reason:
         print(f"slime-async: {reason}", file=sys.stderr, flush=True)
     print(f"run directory: {directory}", flush=True)
@@ -102,44 +114,47 @@ def evaluate_control(config: Config, directory: Path, events: EventLog) -> None:
         )
 
 
-async def _supervise(config: Config, directory: Path, plan: RunPlan, events: EventLog) -> signal.Signals | None:
-    """Until the run is done, or a signal stops it: then that signal. Nothing is left running in either case."""
+def _record(events: EventLog, event: EventName, fields: Mapping[str, Scalar]) -> None:
+    events.write(event, **fields)
+    print(f"{event.replace('_', ' ')}: {', '.join(f'{key} {value}' for key, value in fields.items())}", flush=True)
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None], supervisor: Supervisor) -> signal.Signals | None:
+    """Run ``work`` until it ends or a signal comes, which is then returned. No process is left in either case."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
 
     def stop(number: signal.Signals) -> None:
         if not stopped.done():
-            print(f"{number.name}: stopping", file=sys.stderr, flush=True)
+            print(f"{number.name}: stopping all processes", file=sys.stderr, flush=True)
             stopped.set_result(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-
-    def record(event: EventName, fields: Mapping[str, Scalar]) -> None:
-        events.write(event, **fields)
-        print(f"{event.replace('_', ' ')}: {', '.join(f'{k} {v}' for k, v in fields.items())}", flush=True)
-
-    supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, record)
-    running = asyncio.create_task(_run_and_watch(supervisor, config), name="run")
+    working = asyncio.create_task(work)
+    awaited: list[asyncio.Future[Any]] = [working, stopped]
     try:
-        either: set[asyncio.Future[Any]] = {running, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            await running
-            return None
-        return stopped.result()
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            return stopped.result()
+        await working
+        return None
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        working.cancel()
+        await asyncio.wait([working])
         await supervisor.stop()
 
 
-async def _run_and_watch(supervisor: Supervisor, config: Config) -> None:
-    """Start everything and wait for its end; meanwhile a line every few seconds says how it goes."""
+async def _supervise(supervisor: Supervisor, watch: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+    """Start everything, show progress, wait for the end. A view that breaks by a bug of ours is an error."""
     address = await supervisor.start()
-    watching = asyncio.create_task(watch_hub(address, config), name="progress")
+    waiting, watching = asyncio.create_task(supervisor.wait()), asyncio.create_task(watch(address))
     try:
-        await supervisor.wait()
+        await asyncio.wait({waiting, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            watching.result()
+        await waiting
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        for task in (waiting, watching):
+            task.cancel()
+        await asyncio.wait({waiting, watching})

@@ -90,7 +90,8 @@ def describe(problem: ErrorDetails, overrides: Mapping[Key, Any], file: str) -> 
     """One line for one of pydantic's findings: where, what it is, and what it should be."""
     key = tuple(str(part) for part in problem["loc"] if part != "[key]")
     name = ".".join(key)
-    flag = next((k for k in overrides if k[: len(key)] == key or key[: len(k)] == k), None)
+    near = key[:-1] if problem["type"] == "missing" else key
+    flag = next((k for k in overrides if k[: len(near)] == near or near[: len(k)] == k), None)
     where = f"flag {flag_name(flag)}" if flag else file
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name} in {where}: {nearest(name)}"

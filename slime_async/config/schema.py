@@ -77,8 +77,9 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0)
     """0 is greedy"""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability; 1 keeps all"""
     top_k: int = -1
-    """−1 keeps the whole vocabulary"""
+    """Sample from this many likeliest tokens; −1 keeps the whole vocabulary"""
     max_context_tokens: PositiveInt = 4096
     """Prompt and answer together"""
 
@@ -99,7 +100,7 @@ class ActorConfig(Section):
     device: str = "cpu"
     """Of the embedded engine"""
     max_restarts: int = Field(8, ge=0)
-    """How often one dead actor is started again before the run fails"""
+    """How many times dead actors are started again, all together, before the run fails"""
     startup_timeout_s: PositiveFloat = 600.0
     """Until an engine is up"""
     episode_timeout_s: PositiveFloat = 600.0
@@ -162,12 +163,17 @@ class LearnerConfig(Section):
     ranks: PositiveInt = 1
     """Processes of the learner, one per device"""
     learning_rate: PositiveFloat = 1e-6
+    """Of Adam, after the warm-up"""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up"""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled from the gradient, as in AdamW"""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradient's mean"""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the squared gradient's mean"""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean"""
     clip_grad: float = Field(1.0, ge=0)
     """Bound on the gradient's norm; 0 turns it off"""
     microbatch_tokens: PositiveInt = 16384
@@ -190,6 +196,7 @@ class WarmStartConfig(Section):
     batch_size: PositiveInt = 64
     """Demonstrations per step"""
     learning_rate: PositiveFloat = 1e-3
+    """Of this phase, constant"""
     threads: PositiveInt = 1
     """CPU threads of this phase, while actors are idle"""
     control_steps: int = Field(0, ge=0)
@@ -206,6 +213,7 @@ class EvaluationConfig(Section):
     tasks: PositiveInt = 512
     """Tasks per evaluation, the first ones of each source"""
     timeout_s: PositiveFloat = 300.0
+    """Deadline of one evaluation"""
 
 
 class HubConfig(Section):
@@ -216,6 +224,7 @@ class HubConfig(Section):
     insecure: bool = False
     """Allow an address beyond loopback without authentication"""
     heartbeat_interval_s: PositiveFloat = 1.0
+    """Between the signs of life, and reports, of every process"""
     heartbeat_timeout_s: PositiveFloat = 10.0
     """A peer silent for this long is dead: its reservations are granted again"""
     stall_timeout_s: PositiveFloat = 120.0

@@ -2,14 +2,14 @@
 
 ==================  ==========================================================================
 ``queue``           ``TrajectoryQueue``: every transition, decided here; start reading here
-``events``          what is durable, as events; ``ledger`` is their fold
+``events``          what is durable, as events; ``ledger`` is their fold, ``snapshot`` the fold as one event
 ``reservations``    who generates what: volatile
 ``gate``            pacing (``admission``) and backpressure
 ``selection``       the staleness bound when a batch is leased
 ``tasks``           the order of tasks; ``shuffle`` is its permutation
 ``evaluations``     tasks played beside training
 ``staleness``       the measured staleness, and the mask the learner uses
-``statistics``      the frozen snapshot for metrics
+``statistics``      the frozen snapshot for metrics; ``explain`` says it in words
 ``limits``          the bounds, and which of them would deadlock
 ==================  ==========================================================================
 """

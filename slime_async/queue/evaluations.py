@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from slime_async.protocol import EvaluationResult
-from slime_async.queue.events import EvaluationOpened, TrajectoryMeta
+from slime_async.queue.events import EvaluationFinished, EvaluationOpened, TrajectoryMeta
 from slime_async.queue.reservations import ReservationTable
 from slime_async.trajectory import TaskRef, TrajectoryKey
 
@@ -25,7 +24,7 @@ class _Evaluation:
 
 
 class Evaluations:
-    """All evaluations of the present learner. Results are volatile: after a restart of the hub they run again."""
+    """Evaluations of the present learner in progress. A restart of the hub begins the unfinished ones anew."""
 
     def __init__(self, reservations: ReservationTable) -> None:
         self._by_name: dict[str, _Evaluation] = {}
@@ -74,15 +73,11 @@ class Evaluations:
         evaluation = self._by_serial[key.task]
         evaluation.failed.add(evaluation.index(key))
 
-    def result(self, name: str) -> EvaluationResult | None:
-        """The result; None while tasks are missing. Rewards are in the order of tasks, those that failed left out.
-
-        Raises ``ValueError`` for a name that was not opened by the present learner.
-        """
-        evaluation = self._by_name.get(name)
-        if evaluation is None:
-            raise ValueError(f"no evaluation {name!r}; known: {sorted(self._by_name)}. Ask for it first")
+    def finish(self, key: TrajectoryKey) -> EvaluationFinished | None:
+        """The result, once ``key`` was its last missing task. Rewards of tasks that failed are left out."""
+        evaluation = self._by_serial[key.task]
         if evaluation.missing:
             return None
         rewards = tuple(reward for _, reward in sorted(evaluation.rewards.items()))
-        return EvaluationResult(name, rewards, len(evaluation.failed), tuple(sorted(evaluation.versions)))
+        versions = tuple(sorted(evaluation.versions))
+        return EvaluationFinished(evaluation.opened.name, rewards, len(evaluation.failed), versions)

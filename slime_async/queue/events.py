@@ -116,6 +116,16 @@ class EvaluationOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationFinished:
+    """Every task has a result or has failed for good; see ``protocol.EvaluationResult``."""
+
+    name: str
+    rewards: tuple[float, ...]
+    failed: int
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole durable state; as a journal's first event it stands for everything before it."""
 
@@ -128,6 +138,7 @@ class Snapshot:
     largest_bytes: int
     tasks: dict[str, dict[str, int]]
     evaluations: tuple[EvaluationOpened, ...]
+    results: tuple[EvaluationFinished, ...]
     groups: tuple[tuple[TaskRef, tuple[Accepted, ...]], ...]
     """Every group that is neither durable nor dropped, by serial"""
     batches: tuple[tuple[Leased, str, bool], ...]
@@ -147,6 +158,7 @@ Event = (
     | MadeDurable
     | LearnerJoined
     | EvaluationOpened
+    | EvaluationFinished
     | Snapshot
 )
 
@@ -154,7 +166,7 @@ _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         TaskRef, TrajectoryMeta, BatchShape, SourcesDeclared, GroupOpened, Accepted, GroupDropped, Leased,
-        Committed, WeightsPublished, MadeDurable, LearnerJoined, EvaluationOpened, Snapshot,
+        Committed, WeightsPublished, MadeDurable, LearnerJoined, EvaluationOpened, EvaluationFinished, Snapshot,
     )
 }  # fmt: skip
 _TAG = "@"

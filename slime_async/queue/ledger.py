@@ -8,6 +8,7 @@ from slime_async.queue import events
 from slime_async.queue.events import Accepted, Event
 from slime_async.queue.limits import QueueLimits
 from slime_async.queue.records import BatchRecord, BatchState, Group
+from slime_async.queue.snapshot import check_shape, restore
 from slime_async.queue.tasks import TaskStream
 from slime_async.trajectory import TrajectoryKey
 
@@ -20,7 +21,7 @@ class Ledger:
     """
 
     def __init__(self, limits: QueueLimits, tasks: TaskStream) -> None:
-        self._limits = limits
+        self.limits = limits
         self.tasks = tasks
         self.published = -1
         self.trained = 0
@@ -29,6 +30,8 @@ class Ledger:
         self.incarnation = -1
         self.next_evaluation_serial = -1
         self.evaluations: dict[str, events.EvaluationOpened] = {}
+        self.results: dict[str, events.EvaluationFinished] = {}
+        """Of those that are finished"""
         self.groups: dict[int, Group] = {}
         """By serial, all that are neither durable nor dropped"""
         self.pending: dict[int, Group] = {}
@@ -57,12 +60,12 @@ class Ledger:
     @property
     def paced(self) -> int:
         """Accepted trajectories whose weights are not published: queued, leased, trained, or to be trained again"""
-        return self.queued + self._limits.batch * (self.next_lease - max(self.published, 0))
+        return self.queued + self.limits.batch * (self.next_lease - max(self.published, 0))
 
     @property
     def held(self) -> int:
         """Trajectories that count against the queue's bound: pending groups in full, and leased batches"""
-        return self._limits.group_size * len(self.pending) + self._limits.batch * self.leased
+        return self.limits.group_size * len(self.pending) + self.limits.batch * self.leased
 
     def batch_groups(self, record: BatchRecord) -> Iterator[Group]:
         return (self.groups[serial] for serial in record.groups)
@@ -93,23 +96,13 @@ class Ledger:
                 self.evaluations[event.name] = event
                 self.next_evaluation_serial = event.first_serial - event.num_tasks
             case events.BatchShape():
-                self._check_shape(event)
+                check_shape(event, self.limits)
+            case events.EvaluationFinished(name):
+                self.results[name] = event
             case events.SourcesDeclared(sizes):
                 self.tasks.declare_sources(sizes)
             case events.Snapshot():
-                self._restore(event)
-
-    @property
-    def shape(self) -> events.BatchShape:
-        return events.BatchShape(self._limits.group_size, self._limits.groups_per_batch)
-
-    def _check_shape(self, journal: events.BatchShape) -> None:
-        if journal != self.shape:
-            raise ValueError(
-                f"the journal has {journal.groups_per_batch} groups of {journal.group_size} per batch, the "
-                f"configuration {self.shape.groups_per_batch} of {self.shape.group_size}: "
-                "resume with the journal's numbers"
-            )
+                restore(self, event)
 
     def _accept(self, event: Accepted) -> None:
         group = self.pending[event.meta.key.task]
@@ -117,7 +110,7 @@ class Ledger:
         self.queued += 1
         self.queued_bytes += event.meta.size_bytes
         self.largest_bytes = max(self.largest_bytes, event.meta.size_bytes)
-        self.complete += len(group.accepted) == self._limits.group_size
+        self.complete += len(group.accepted) == self.limits.group_size
         self._count("accepted", 1)
 
     def _drop(self, event: events.GroupDropped) -> None:
@@ -157,6 +150,7 @@ class Ledger:
     def _join(self, event: events.LearnerJoined) -> None:
         self.incarnation = event.incarnation
         self.evaluations.clear()
+        self.results.clear()
         if not self.groups and not self.tasks.position:
             self.durable = event.version  # a run that starts from a checkpoint of another one
         for record in [r for r in self.batches.values() if r.train_version >= event.version]:
@@ -178,7 +172,7 @@ class Ledger:
         group = self.pending.pop(serial)
         self.queued -= len(group.accepted)
         self.queued_bytes -= group.size_bytes
-        self.complete -= len(group.accepted) == self._limits.group_size
+        self.complete -= len(group.accepted) == self.limits.group_size
         return group
 
     def _return_to_queue(self, record: BatchRecord) -> None:
@@ -190,49 +184,3 @@ class Ledger:
 
     def _count(self, name: str, amount: int) -> None:
         self.totals[name] = self.totals.get(name, 0) + amount
-
-    def snapshot(self) -> events.Snapshot:
-        return events.Snapshot(
-            shape=self.shape,
-            published=self.published,
-            trained=self.trained,
-            durable=self.durable,
-            incarnation=self.incarnation,
-            next_evaluation_serial=self.next_evaluation_serial,
-            largest_bytes=self.largest_bytes,
-            tasks=self.tasks.state(),
-            evaluations=tuple(self.evaluations.values()),
-            groups=tuple(
-                (group.task, tuple(group.accepted[sample] for sample in sorted(group.accepted)))
-                for _, group in sorted(self.groups.items())
-            ),
-            batches=tuple(
-                (events.Leased(r.incarnation, r.train_version, r.groups), r.state.value, r.retrained)
-                for _, r in sorted(self.batches.items())
-            ),
-            totals=dict(self.totals),
-        )
-
-    def _restore(self, state: events.Snapshot) -> None:
-        self._check_shape(state.shape)
-        self.published, self.trained, self.durable = state.published, state.trained, state.durable
-        self.incarnation, self.next_evaluation_serial = state.incarnation, state.next_evaluation_serial
-        self.largest_bytes = state.largest_bytes
-        self.tasks.restore(state.tasks)
-        self.evaluations = {evaluation.name: evaluation for evaluation in state.evaluations}
-        self.totals = dict(state.totals)
-        self.groups = {task.serial: Group(task, {a.meta.key.sample: a for a in taken}) for task, taken in state.groups}
-        self.batches = {
-            leased.train_version: BatchRecord(
-                leased.train_version, leased.groups, leased.incarnation, BatchState(status), retrained
-            )
-            for leased, status, retrained in state.batches
-        }
-        in_batches = {serial for record in self.batches.values() for serial in record.groups}
-        self.pending = {serial: group for serial, group in self.groups.items() if serial not in in_batches}
-        self.queued = sum(len(group.accepted) for group in self.pending.values())
-        self.queued_bytes = sum(group.size_bytes for group in self.pending.values())
-        self.complete = sum(len(g.accepted) == self._limits.group_size for g in self.pending.values())
-        leased_records = [record for record in self.batches.values() if record.state is BatchState.LEASED]
-        self.leased = len(leased_records)
-        self.leased_bytes = sum(self.batch_bytes(record) for record in leased_records)

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, Self
 
 from slime_async.protocol import EvaluationResult, Reservation
-from slime_async.queue import events
+from slime_async.queue import events, snapshot
 from slime_async.queue.evaluations import Evaluations
 from slime_async.queue.events import Accepted, DropReason, Event, TrajectoryMeta
+from slime_async.queue.explain import explain_learner, explain_lease
 from slime_async.queue.gate import Gate
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
@@ -30,7 +31,7 @@ from slime_async.queue.records import BatchRecord, BatchState, Exhausted, Leased
 from slime_async.queue.reservations import ReservationTable
 from slime_async.queue.selection import select
 from slime_async.queue.staleness import measure
-from slime_async.queue.statistics import Meters, QueueStatistics, collect, explain_evaluations
+from slime_async.queue.statistics import Meters, QueueStatistics, collect
 from slime_async.queue.tasks import TaskStream
 from slime_async.trajectory import TrajectoryKey
 
@@ -58,7 +59,7 @@ class TrajectoryQueue:
         self._evaluations = Evaluations(self._evaluating)
         self._gate = Gate(limits, self._ledger, self._training)
         self._meters = Meters()
-        self._events: list[Event] = [self._ledger.shape]
+        self._events: list[Event] = [snapshot.shape_of(limits)]
 
     # ------------------------------------------------------------------------------------------------ actors
 
@@ -108,7 +109,7 @@ class TrajectoryQueue:
             )
         self._table(meta.key).free_slot(meta.key, meta.attempt, actor)
         self._meters.moved(now)
-        taken = self._accept(meta) if meta.key.task >= 0 else self._evaluations.accept(meta)
+        taken = self._accept(meta) if meta.key.task >= 0 else self._accept_evaluation(meta)
         if taken is None:
             self._meters.unwanted += 1
             return "unwanted"
@@ -129,6 +130,7 @@ class TrajectoryQueue:
         if failures >= self.limits.max_attempts:
             if key.task < 0:
                 self._evaluations.give_up(key)
+                self._finish_evaluation(key)
             else:
                 self._drop(key.task, "failed")
 
@@ -181,7 +183,7 @@ class TrajectoryQueue:
             )
         groups = record.groups if record is not None else self._choose(train_version)
         if not groups:
-            return self._explain_wait()
+            return explain_lease(self.limits, ledger, self._training, self._gate)
         self._record(events.Leased(incarnation, train_version, groups))
         self._meters.moved(now)
         batch = self._leased_batch(ledger.batches[train_version])
@@ -252,8 +254,17 @@ class TrajectoryQueue:
         self._meters.moved(now)
 
     def evaluation_result(self, name: str) -> EvaluationResult | None:
-        """None until every task has a result or has failed for good. Raises ``ValueError`` for an unknown name."""
-        return self._evaluations.result(name)
+        """None until every task has a result or has failed for good; the rewards of those that failed are left out.
+
+        Raises ``ValueError`` for a name that the present learner did not open.
+        """
+        if name not in self._ledger.evaluations:
+            known = sorted(self._ledger.evaluations)
+            raise ValueError(f"no evaluation {name!r}; known: {known}. Open it with evaluate first")
+        result = self._ledger.results.get(name)
+        if result is None:
+            return None
+        return EvaluationResult(result.name, result.rewards, result.failed, result.versions)
 
     # ----------------------------------------------------------------------------------------- introspection
 
@@ -273,9 +284,9 @@ class TrajectoryQueue:
     def waiting_for(self, now: float) -> str:
         """What everybody waits for, in words, for the watchdog's log."""
         actors = self._gate.closed_by() or "admission open: free slots are granted at once"
-        parts = [f"actors: {actors}", f"learner: {self._explain_wait().reason}"]
-        if evaluations := explain_evaluations(self._evaluations):
-            parts.append(evaluations)
+        learner = explain_learner(self.limits, self._ledger, self._training, self._gate)
+        parts = [f"actors: {actors}", f"learner: {learner}"]
+        parts += [f"evaluation {name!r} lacks {n} results" for name, n in self._evaluations.unfinished.items()]
         if self._meters.last_failure:
             parts.append(f"last of {self._meters.failures} failures: {self._meters.last_failure}")
         return "; ".join([f"nothing moved for {now - self._meters.last_moved:.0f} s", *parts])
@@ -303,11 +314,12 @@ class TrajectoryQueue:
 
     def state(self) -> events.Snapshot:
         """The durable state as one event; a journal may begin with it instead of everything before."""
-        return self._ledger.snapshot()
+        return snapshot.take(self._ledger)
 
     @classmethod
     def replay(cls, limits: QueueLimits, tasks: TaskStream, journal: Iterable[Event]) -> Self:
-        """The queue after these events. Reservations in flight are not restored: their samples are granted again.
+        """The queue after these events. Reservations in flight are not restored: their samples are granted again,
+        with attempts counted anew, so that a surviving actor knows a reservation that it already works on.
 
         ``tasks`` is a new stream. Raises ``ValueError`` when the journal's batches have another shape.
         """
@@ -315,15 +327,16 @@ class TrajectoryQueue:
         queue = cls(limits, tasks)
         for event in journal:
             queue._ledger.apply(event)
-            queue._events.clear()
+            queue._events.clear()  # the journal has them already
         for group in queue._ledger.pending.values():
             queue._training.add(
                 TrajectoryKey(group.task.serial, sample)
                 for sample in range(limits.group_size)
                 if sample not in group.accepted
             )
-        for opened in queue._ledger.evaluations.values():
-            queue._evaluations.open(opened)
+        for name, opened in queue._ledger.evaluations.items():
+            if name not in queue._ledger.results:
+                queue._evaluations.open(opened)
         return queue
 
     # ----------------------------------------------------------------------------------------------- private
@@ -358,6 +371,16 @@ class TrajectoryQueue:
         if complete and self.limits.drop_equal_rewards and group.rewards_equal():
             self._drop(meta.key.task, "equal_rewards")
         return True
+
+    def _accept_evaluation(self, meta: TrajectoryMeta) -> bool | None:
+        taken = self._evaluations.accept(meta)
+        if taken:
+            self._finish_evaluation(meta.key)
+        return taken
+
+    def _finish_evaluation(self, key: TrajectoryKey) -> None:
+        if finished := self._evaluations.finish(key):
+            self._record(finished)
 
     def _drop(self, serial: int, reason: DropReason) -> None:
         for sample in range(self.limits.group_size):
@@ -402,22 +425,3 @@ class TrajectoryQueue:
             staleness=measure(accepted, record.train_version, self.limits.max_staleness),
             retrained=record.retrained,
         )
-
-    def _explain_wait(self) -> Waiting | Exhausted:
-        ledger, needed = self._ledger, self.limits.groups_per_batch
-        busy = self._training.busy_actors
-        parts = [
-            f"{min(ledger.complete, needed)} of {needed} groups complete",
-            f"{self._training.held} trajectories with {busy} actor{'s' if busy != 1 else ''}",
-        ]
-        if ledger.tasks.exhausted and len(ledger.pending) < needed:
-            return Exhausted(
-                f"the tasks are used up: {len(ledger.pending)} groups are left, a batch needs {needed}. "
-                "Raise the epochs or lower the number of steps"
-            )
-        if self.limits.on_stale == "wait" and ledger.complete >= needed:
-            first = next(s for s, g in ledger.pending.items() if len(g.accepted) < self.limits.group_size)
-            lacking = self.limits.group_size - len(ledger.pending[first].accepted)
-            parts.append(f"the group of task {first} is next and lacks {lacking} samples")
-        parts.append(self._gate.closed_by() or "admission open")
-        return Waiting("; ".join(parts))

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from slime_async.queue.evaluations import Evaluations
 from slime_async.queue.events import Accepted, TrajectoryMeta
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
@@ -194,8 +193,3 @@ def collect(
 
 def _mean(values: deque[int]) -> float:
     return sum(values) / max(1, len(values))
-
-
-def explain_evaluations(evaluations: Evaluations) -> str:
-    """Which evaluations lack how many results; empty when none does."""
-    return ", ".join(f"evaluation {name!r} lacks {n} results" for name, n in evaluations.unfinished.items())

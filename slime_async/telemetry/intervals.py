@@ -8,7 +8,7 @@ Interval = tuple[int, int]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Sorted, disjoint, maximal; empty ones vanish. Raises ``ValueError`` for one that ends before it starts."""
+    """Sorted, disjoint and maximal; empty intervals vanish. Raises ``ValueError`` for an end before its start."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if end < start:

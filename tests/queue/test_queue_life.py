@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
+import numpy as np
 import pytest
 from queue_driver import LEARNER, Driver, keys_of, make_limits, make_meta, tasks_of
 
-from slime_async.queue import QueueLimits, TaskStream, TrajectoryQueue, Waiting
-from slime_async.trajectory import TrajectoryKey
+from slime_async.queue import TaskStream, TrajectoryMeta, TrajectoryQueue, Waiting
+from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
 
 
 def test_nothing_is_granted_before_the_first_publication() -> None:
@@ -165,7 +169,8 @@ def test_waiting_says_exactly_what_is_missing() -> None:
         "21 of 32 groups complete; 600 trajectories with 1 actor; admission closed by staleness 768 of 768"
     )
     assert drive.queue.waiting_for(drive.now + 60) == (
-        f"nothing moved for 61 s; actors: admission closed by staleness 768 of 768; learner: {answer.reason}"
+        f"nothing moved for 61 s; actors: admission closed by staleness 768 of 768; "
+        f"learner: has not leased batch 0; the next batch: {answer.reason}"
     )
 
 
@@ -210,6 +215,28 @@ def test_a_finite_stream_that_runs_out_says_so() -> None:
     assert "1 groups are left, a batch needs 2" in answer.reason  # type: ignore[union-attr]
 
 
+def test_the_queue_knows_a_trajectory_by_its_meta() -> None:
+    trajectory = Trajectory(
+        task=TaskRef(3, "train", 0),
+        sample=1,
+        attempt=2,
+        token_ids=np.arange(6, dtype=np.int32),
+        loss_mask=np.array([0, 0, 1, 1, 0, 1], dtype=np.uint8),
+        behavior_logprobs=np.zeros(6, dtype=np.float32),
+        spans=(VersionSpan(2, WeightId(1, 4)), VersionSpan(4, WeightId(1, 5))),
+        reward=0.5,
+        finish_reason="stop",
+    )
+    assert TrajectoryMeta.of(trajectory, 99) == TrajectoryMeta(TrajectoryKey(3, 1), 2, 6, 3, 99, ((4, 2), (5, 1)), 0.5)
+
+
+@pytest.mark.parametrize("module", ["slime_async.queue.queue", "slime_async.queue.tasks"])
+def test_the_examples_of_the_docstrings_hold(module: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(module))
+    assert failed == 0
+    assert attempted > 0
+
+
 def test_statistics_are_flat_numbers() -> None:
     drive = Driver(make_limits())
     drive.deliver_all(drive.grant())
@@ -223,11 +250,3 @@ def test_statistics_are_flat_numbers() -> None:
 def test_an_actor_without_free_slots_gets_nothing(slots: int) -> None:
     drive = Driver(make_limits())
     assert drive.grant(slots) == ()
-
-
-def test_limits_come_from_the_default_configuration() -> None:
-    from slime_async.config.schema import Config
-
-    limits = QueueLimits.from_config(Config())
-    assert (limits.batch, limits.pacing, limits.queue_trajectories) == (256, 768, 768)
-    assert limits.queue_bytes == 256 * limits.max_trajectory_bytes

@@ -1,0 +1,42 @@
+"""The launcher's own connection to the hub: asks for the run's status, shows it, and takes no part."""
+
+from __future__ import annotations
+
+import os
+
+from slime_async.cli.progress import watch
+from slime_async.config import Config
+from slime_async.protocol import GetStatus, Hello, Message, RunStatus
+
+CALL_TIMEOUT_S = 10.0
+
+
+async def observe(config: Config, address: str) -> None:
+    """Show progress until cancelled. A lost hub ends the view with a line, not the run: the supervisor judges."""
+    from slime_async.transport.client import HubClient
+    from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
+
+    async def ignore(_message: Message) -> None:
+        """Shutdown notes: the processes' exits tell more."""
+
+    try:
+        client = await HubClient.connect(address, Hello("observer", f"launcher-{os.getpid()}"), handler=ignore)
+    except ConnectionLost as error:
+        print(f"no progress view: {error}", flush=True)
+        return
+
+    async def status() -> RunStatus:
+        reply = await client.call(GetStatus(), CALL_TIMEOUT_S)
+        assert isinstance(reply, RunStatus), reply
+        return reply
+
+    try:
+        await watch(status, _show, config.staleness.max_staleness, config.run.log_interval_s)
+    except (ConnectionLost, DeadlineExceeded, RemoteError) as error:
+        print(f"no progress view any more: {error}", flush=True)
+    finally:
+        await client.close()
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,153 @@
+"""What the engines' tests share: requests, the answers that transformers gives, and a learner that publishes."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from slime_async.actors.engine import Engine, EngineStatus, GenerateRequest, SamplingParams
+from slime_async.protocol import TensorSpec, WeightManifest
+from slime_async.trajectory import WeightId
+from slime_async.transport.weight_group import WeightGroup, host_group
+
+MakeEngine = Callable[..., Engine]
+Checkpoints = Callable[..., Path]
+
+DEADLINE_S = 30.0
+"""Of a whole test, reached only when something is broken"""
+VOCAB = 33
+OLD, NEW = WeightId(0, 3), WeightId(0, 4)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """One test's coroutine, to its end or to the deadline."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await test
+
+    asyncio.run(bounded())
+
+
+@asynccontextmanager
+async def serving(engine: Engine) -> AsyncIterator[Engine]:
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    ids: list[int] = np.random.default_rng([seed, length]).integers(0, VOCAB, length).tolist()
+    return ids
+
+
+def ask(
+    prompt_ids: Sequence[int], max_new_tokens: int = 16, *, resumed_tokens: int = 0, **sampling: Any
+) -> GenerateRequest:
+    params = SamplingParams(max_new_tokens, **sampling)
+    return GenerateRequest(str(uuid.uuid4()), prompt_ids, params, resumed_tokens=resumed_tokens)
+
+
+async def eventually(engine: Engine, holds: Callable[[EngineStatus], bool]) -> EngineStatus:
+    """The first status for which ``holds``; the test's own deadline bounds the wait."""
+    while not holds(status := await engine.status()):
+        await asyncio.sleep(0.001)
+    return status
+
+
+# ------------------------------------------------------------------------------------------------- transformers
+
+
+def load_model(checkpoint: Path) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return model.eval()
+
+
+def answer_logprobs(
+    model: torch.nn.Module, prompt_ids: Sequence[int], output_ids: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """[N], the log-probability of each of the N tokens of an answer."""
+    return token_logprobs(_logits(model, [*prompt_ids, *output_ids[:-1]])[-len(output_ids) :], output_ids, temperature)
+
+
+def logprobs_over_old_cache(
+    old: torch.nn.Module, new: torch.nn.Module, ids: Sequence[int], cached: int, temperature: float = 1.0
+) -> Tensor:
+    """[T − cached − 1]: the new model's log-probabilities of ids[cached + 1:], reading the old model's keys and values
+    of the first ``cached`` tokens."""
+    with torch.no_grad():
+        cache = old(torch.tensor([ids[:cached]]), use_cache=True).past_key_values
+        logits = new(torch.tensor([ids[cached:-1]]), past_key_values=cache, use_cache=True).logits[0]
+    return token_logprobs(logits, ids[cached + 1 :], temperature)
+
+
+def greedy_answer(model: torch.nn.Module, prompt_ids: Sequence[int], tokens: int) -> list[int]:
+    ids = list(prompt_ids)
+    for _ in range(tokens):
+        ids.append(int(_logits(model, ids)[-1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
+def token_logprobs(logits: Tensor, ids: Sequence[int], temperature: float) -> Tensor:
+    """[n], of token i under row i of ``logits`` [n, V]."""
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def _logits(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------------ weights
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+class Learner:
+    """Rank 0 of a weight group with one engine."""
+
+    def __init__(self, group: WeightGroup) -> None:
+        self.group = group
+
+    @classmethod
+    @asynccontextmanager
+    async def joined_by(cls, engine: Engine, epoch: int = 1) -> AsyncIterator[Learner]:
+        spec, store = host_group("weights", epoch, 1 + engine.num_ranks, "gloo", timeout_s=10.0)
+        group, _ = await asyncio.gather(
+            asyncio.to_thread(WeightGroup.create, spec, 0), engine.join_weight_group(spec, 1)
+        )
+        del store
+        try:
+            yield cls(group)
+        finally:
+            group.close()
+
+    @staticmethod
+    def manifest(tensors: dict[str, Tensor]) -> WeightManifest:
+        names = ((name, str(tensor.dtype).removeprefix("torch."), tensor) for name, tensor in tensors.items())
+        return WeightManifest(tuple(TensorSpec(name, dtype, tuple(tensor.shape)) for name, dtype, tensor in names))
+
+    async def broadcast(self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId) -> None:
+        """Raises what the engine raises."""
+        receiving: Awaitable[None] = engine.receive_weights(self.manifest(tensors), weights)
+        sent, received = await asyncio.gather(
+            asyncio.to_thread(self.group.send, tensors.items()), receiving, return_exceptions=True
+        )
+        for outcome in (received, sent):
+            if isinstance(outcome, BaseException):
+                raise outcome
