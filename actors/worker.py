@@ -47,6 +47,7 @@ from slime_async.protocol import (
 )
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.transport.client import HubClient
+from slime_async.transport.errors import RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,10 @@ class Worker:
             return
         if self._config.actor.delay_s and not reservation.evaluation:
             await asyncio.sleep(self._config.actor.delay_s)
-        await self._client.call(Deliver(outcome, reservation.evaluation), DELIVERY_TIMEOUT_S)
+        try:
+            await self._client.call(Deliver(outcome, reservation.evaluation), DELIVERY_TIMEOUT_S)
+        except RemoteError as refused:  # too large, or malformed: the hub counts a failed attempt and grants anew
+            log.error("the hub refuses the trajectory of %s: %s", reservation.key, refused)
 
     # ---------------------------------------------------------------------------------------------------- reports
 

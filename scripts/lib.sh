@@ -20,7 +20,7 @@ find_python() {
             return
         fi
     done
-    fail "needs Python $MINIMUM_PYTHON or newer; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true). \
+    fail "needs Python $MINIMUM_PYTHON or newer; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 | head -n 1). \
 Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: PYTHON=/path/to/python3 $0"
 }
 
@@ -59,13 +59,13 @@ ensure_venv() {
     echo "$wanted" >"$stamp"
 }
 
-# install_packages EXTRA: pip's own words go to a log, of which downloads are shown as they come.
+# install_packages EXTRA: pip's own words go to a log, of which large downloads are shown as they come.
 install_packages() {
     local log=".venv/install.log"
     echo "installing pinned packages into .venv (the first time takes minutes: torch is large)"
     # shellcheck disable=SC2046  # options, one per word
     .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
         $(torch_index_options) -c requirements/constraints.txt -e ".[$1]" 2>&1 \
-        | tee "$log" | { grep --line-buffered -oE '^ *(Downloading|Building|Installing) .{1,70}' || true; } \
+        | tee "$log" | { grep --line-buffered -oE 'Downloading .*[0-9] [MG]B|^(Building|Installing) .{1,60}' || true; } \
         || { tail -n 15 "$log" >&2; fail "pip could not install the packages; all it said is in $PWD/$log"; }
 }

@@ -16,7 +16,7 @@ Failed              actor ──► hub         Ok; the sample is granted again
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
-Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted meanwhile
+Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted until Published
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
 Relay               learner ──► hub       the reply of the actor to the message inside
@@ -214,7 +214,10 @@ class Published(Message):
 
 @dataclass(frozen=True, slots=True)
 class Drain(Message):
-    """Publishing at batch boundaries: wait until everything granted has been delivered, failed or lost."""
+    """Publishing at batch boundaries: wait until everything granted has been delivered, failed or lost.
+
+    Nothing is granted meanwhile, nor afterwards until ``Published``; a drain that fails lets grants go on.
+    """
 
     wait_s: float
 

@@ -164,7 +164,10 @@ register(Trajectory, Coder(_encode_trajectory, _decode_trajectory))
 
 # -------------------------------------------------------------------------------------------------- envelope
 
-_MESSAGES = union(Message.__subclasses__())
+MESSAGE_KINDS: tuple[type[Message], ...] = tuple({kind.__name__: kind for kind in Message.__subclasses__()}.values())
+"""By name, the last of each: ``dataclass(slots=True)`` makes every class anew, and the first may still be around."""
+
+_MESSAGES = union(MESSAGE_KINDS)
 _ERROR_REPLY = coder(ErrorReply)
 
 

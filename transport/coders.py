@@ -22,10 +22,11 @@ the same order. Whatever comes in, decoders raise ``BadMessage`` and nothing els
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import reprlib
 import types
 from collections.abc import Callable, Sequence
-from functools import cache
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
@@ -176,7 +177,13 @@ def _mapping(item: Coder) -> Coder:
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         assert encode_item is not None
-        return {k: encode_item(v, frames) for k, v in value.items()}
+        raw: dict[str, Any] = {}
+        for key, entry in value.items():
+            try:
+                raw[key] = encode_item(entry, frames)
+            except BadMessage as bad:
+                raise bad.within(f"[{key[:80]!r}]") from None
+        return raw
 
     def decode(raw: Any, frames: Frames) -> dict[str, Any]:
         if type(raw) is not dict:
@@ -306,6 +313,8 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
             )
         if wanted is not None and value.ndim != 1:
             raise BadMessage(f"wants one dimension, got shape {value.shape}")
+        if not 1 <= value.ndim <= DEFAULT_LIMITS.dimensions:
+            raise BadMessage(f"has shape {value.shape}: too few or too many dimensions")
         frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
         return [name, value.shape]
 
@@ -350,7 +359,7 @@ def register(kind: type, custom: Coder) -> None:
     _CUSTOM[kind] = custom
 
 
-@cache
+@functools.cache
 def coder(annotation: Any) -> Coder:
     """The coder of one annotation. Raises ``TypeError`` for one that has no form on the wire."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -379,7 +388,7 @@ def coder(annotation: Any) -> Coder:
 def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:
     some = tuple(a for a in arguments if a is not type(None))
     if len(some) < len(arguments):
-        return _optional(coder(some[0] if len(some) == 1 else Union[some]))  # noqa: UP007 - built at run time
+        return _optional(coder(some[0] if len(some) == 1 else functools.reduce(operator.or_, some)))
     if set(some) == {bool, int, float, str}:
         return Coder(None, _decode_scalar)
     if all(dataclasses.is_dataclass(a) for a in some):

@@ -84,6 +84,7 @@ class Hub:
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
         self._draining = 0
+        self._drained = False
         self._changed = asyncio.Event()
         self._finished = asyncio.Event()
         self._finish_reason = ""
@@ -121,10 +122,13 @@ class Hub:
                 raise self._failure
         finally:
             failed = self._failure is not None or not finishing.done()
-            await self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
+            self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
             for task in running:
                 task.cancel()
-            await self._server.close()
+            try:
+                await asyncio.gather(*running, return_exceptions=True)  # what ended the run has been raised above
+            finally:
+                await self._server.close()
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -137,8 +141,8 @@ class Hub:
         if hello.role == "learner":
             if self._learner is not None:
                 raise ValueError(f"learner {self._learner} is still connected: a run has one; stop it first")
-            self._learner = peer.name
             self._queue.learner_joined(hello.incarnation, hello.version, self._clock())
+            self._learner = peer.name
         self._wake()
         welcome = Welcome(
             self._run_id,
@@ -175,9 +179,11 @@ class Hub:
         self._finish_reason = str(error)
         self._finished.set()
 
-    async def _tell_everyone(self, message: Message) -> None:
+    def _tell_everyone(self, message: Message) -> None:
+        """Whoever takes no messages now will notice the hub's silence."""
         for name in list(self._server.peers):
-            await self._server.note(name, message)
+            if not self._server.note_nowait(name, message):
+                log.warning("%s takes no messages and is not told: %s", name, message)
 
     # ---------------------------------------------------------------------------------------------------- calls
 
@@ -196,6 +202,7 @@ class Hub:
                 self._queue.publish(message.weights.incarnation, message.weights.version, now)
                 # nothing can be trained again without a journal: what is published need not be kept
                 self._queue.make_durable(message.weights.incarnation, message.weights.version)
+                self._drained = False
             case Drain():
                 await self._drain(message)
             case Evaluate():
@@ -221,7 +228,12 @@ class Hub:
         trajectory = message.trajectory
         assert isinstance(trajectory, ReceivedTrajectory)
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
-        outcome = self._queue.deliver(meta, peer.name, self._clock())
+        try:
+            outcome = self._queue.deliver(meta, peer.name, self._clock())
+        except ValueError as refused:  # too large: the attempt has failed, and the actor is told why
+            self._queue.fail(trajectory.key, trajectory.attempt, str(refused), self._clock())
+            self._wake()
+            raise
         if outcome == "accepted" and not message.evaluation:
             self._payloads[trajectory.key] = trajectory
         self._wake()
@@ -241,12 +253,15 @@ class Hub:
         return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys))
 
     async def _drain(self, message: Drain) -> None:
+        """Once drained, nothing is granted until the weights that this was for are published."""
         self._draining += 1
         try:
-            if not await self._until(lambda: self._outstanding() == 0, message.wait_s):
+            self._drained = bool(await self._until(lambda: self._outstanding() == 0, message.wait_s))
+            if not self._drained:
                 raise ValueError(f"{self._outstanding()} trajectories still run after {message.wait_s:.0f} s")
         finally:
             self._draining -= 1
+            self._wake()
 
     async def _evaluate(self, message: Evaluate) -> EvaluationResult:
         self._queue.evaluate(message.name, message.source, message.num_tasks, self._clock())
@@ -274,7 +289,7 @@ class Hub:
         """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
         for key in self._queue.take_released():
             self._payloads.pop(key, None)
-        if not self._draining:
+        if not self._draining and not self._drained:
             self._grant()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -297,7 +312,8 @@ class Hub:
             if left <= 0:
                 return None
             try:
-                await asyncio.wait_for(changed.wait(), left)
+                async with asyncio.timeout(left):  # wait_for may swallow a cancellation that comes with the change
+                    await changed.wait()
             except TimeoutError:
                 return ready() or None
         return result
@@ -307,7 +323,8 @@ class Hub:
         while True:
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), self._config.hub.stall_timeout_s)
+                async with asyncio.timeout(self._config.hub.stall_timeout_s):
+                    await changed.wait()
             except TimeoutError:
                 log.warning(
                     "nothing moved for %.0f s: %s",

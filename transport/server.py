@@ -16,8 +16,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -65,13 +66,13 @@ class Server:
         on_call: Callable[[Peer, Message], Awaitable[Message]],
         on_note: Callable[[Peer, Message], Awaitable[None]],
         on_join: Callable[[Peer, Hello], Awaitable[Welcome]],
-        on_leave: Callable[[Peer, str], Awaitable[None]],
+        on_leave: Callable[[Peer, str], Coroutine[Any, Any, None]],
         heartbeat_interval_s: float = 1.0,
         heartbeat_timeout_s: float = 10.0,
         insecure: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """``on_join`` refuses a peer by raising ``ValueError``, whose text the peer reads.
+        """``on_join`` refuses a peer, and ``on_note`` a note, by raising ``ValueError``, whose text the peer reads.
 
         Raises ``ValueError`` for an address beyond loopback that is not marked ``insecure``.
         """
@@ -101,11 +102,12 @@ class Server:
         try:
             self._socket.bind(self.address)
         except zmq.ZMQError as error:
+            self._socket.close()
             raise ValueError(f"hub.address = {self.address!r} cannot be bound: {error}") from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def serve(self) -> None:
-        """Until cancelled. A handler of notes, joins or leaves that raises is a bug of ours and ends this."""
+        """Until cancelled. A handler that raises what is no refusal has a bug, and ends this."""
         async with asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._receive(), name="receive")
             self._tasks.create_task(self._watch(), name="heartbeats")
@@ -162,6 +164,10 @@ class Server:
                 self._drop(peer, "its connection is gone, or its buffers stayed full")
                 return
 
+    async def _tell(self, identity: bytes, message: Message, call_id: int) -> None:
+        """Answer somebody who may be no peer; whether it arrives is nobody's concern here."""
+        await self._transmit(identity, message, call_id, bool(call_id))
+
     async def _transmit(self, identity: bytes, message: Message, call_id: int, reply: bool) -> bool:
         """False when the peer cannot be reached, or takes nothing for the heartbeat timeout."""
         frames = [identity, *encode(message, call_id=call_id, reply=reply, limits=self._limits)]
@@ -216,7 +222,10 @@ class Server:
         elif isinstance(message, ErrorReply):
             log.warning("%s could not read a message of ours: %s", peer.name, message.message)
         else:
-            await self._on_note(peer, message)
+            try:
+                await self._on_note(peer, message)
+            except ValueError as error:
+                await self._refuse(peer.identity, BadMessage(str(error)))
 
     async def _answer(self, peer: Peer, message: Message, call_id: int) -> None:
         reply = await answer(self._on_call(peer, message), f"{type(message).__name__} of {peer.name}")
@@ -229,6 +238,8 @@ class Server:
         reply: Message
         if not isinstance(hello, Hello) or not envelope.call_id:
             reply = ErrorReply("ConnectionLost", f"say Hello before {type(hello).__name__}: this hub does not know you")
+        elif identity in self._by_identity:
+            reply = ErrorReply("ValueError", f"this connection said Hello as {self._by_identity[identity].name} before")
         elif hello.name in self.peers:
             reply = ErrorReply(
                 "ValueError", f"a {self.peers[hello.name].role} called {hello.name} is connected already"
@@ -243,7 +254,7 @@ class Server:
                 peer.outbox.put_nowait((reply, envelope.call_id, True))
                 self._senders[peer.name] = self._spawn(self._send_outbox(peer), f"sender to {peer.name}")
                 return
-        await self._transmit(identity, reply, envelope.call_id, bool(envelope.call_id))
+        await self._tell(identity, reply, envelope.call_id)
 
     async def _refuse(self, identity: bytes, bad: BadMessage) -> None:
         self.counters["bad_messages"] += 1
@@ -254,7 +265,7 @@ class Server:
             if (peer := self._by_identity.get(identity)) is not None:
                 self._drop(peer, "it sent too many bad messages")
         if not bad.reply:
-            self._spawn(self._transmit(identity, describe(bad), bad.call_id, bool(bad.call_id)), "refusal")
+            self._spawn(self._tell(identity, describe(bad), bad.call_id), "refusal")
 
     # ----------------------------------------------------------------------------------------------- life and death
 
@@ -277,11 +288,15 @@ class Server:
         sender = self._senders.pop(peer.name, None)
         if sender is not None and sender is not asyncio.current_task():
             sender.cancel()
+        self._spawn(self._discard(peer), f"what {peer.name} does not hear")
         self._spawn(self._on_leave(peer, reason), f"{peer.name} leaves")
 
-    def _spawn(self, work: Awaitable[object], name: str) -> asyncio.Task[None]:
-        async def run() -> None:
-            await work
+    async def _discard(self, peer: Peer) -> None:
+        """Free whoever waits for room in the outbox: every message taken lets one waiting sender go on."""
+        while not peer.outbox.empty():
+            peer.outbox.get_nowait()
+            await asyncio.sleep(0)
 
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None
-        return self._tasks.create_task(run(), name=name)
+        return self._tasks.create_task(work, name=name)
