@@ -46,7 +46,7 @@ class Scheduler:
     """Owns the decoder's slots. Everything is called from one thread, under ``torch.inference_mode``."""
 
     def __init__(self, decoder: Decoder, slots: int, weights: WeightId | None, *, fixed_slots: bool) -> None:
-        """With ``fixed_slots`` prompts run alone and every step computes all slots: no result depends on its company."""
+        """With ``fixed_slots`` prompts run alone and steps compute all slots: no answer depends on its company."""
         self._decoder = decoder
         self._slots = slots
         self._fixed_slots = fixed_slots
