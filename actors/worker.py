@@ -46,8 +46,9 @@ from slime_async.protocol import (
     Started,
 )
 from slime_async.telemetry.spans import SpanRecorder
+from slime_async.trajectory import Trajectory
 from slime_async.transport.client import HubClient
-from slime_async.transport.errors import RemoteError
+from slime_async.transport.errors import BadMessage, RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -152,16 +153,25 @@ class Worker:
         assert self._client is not None
         await self._client.note(Started(reservation.key, reservation.attempt))
         outcome = await self._rollout.run(reservation)
-        if isinstance(outcome, RolloutFailure):
-            failed = Failed(reservation.key, reservation.attempt, outcome.reason, reservation.evaluation)
+        reason = outcome.reason if isinstance(outcome, RolloutFailure) else await self._deliver(outcome, reservation)
+        if reason:
+            failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
             await self._client.call(failed, DELIVERY_TIMEOUT_S)
-            return
+
+    async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
+        """Why the hub does not take it (too large, most likely); empty when it does."""
+        assert self._client is not None
         if self._config.actor.delay_s and not reservation.evaluation:
             await asyncio.sleep(self._config.actor.delay_s)
         try:
-            await self._client.call(Deliver(outcome, reservation.evaluation), DELIVERY_TIMEOUT_S)
-        except RemoteError as refused:  # too large, or malformed: the hub counts a failed attempt and grants anew
-            log.error("the hub refuses the trajectory of %s: %s", reservation.key, refused)
+            await self._client.call(Deliver(trajectory, reservation.evaluation), DELIVERY_TIMEOUT_S)
+        except BadMessage as error:  # refused on this side of the wire
+            return f"BadMessage: {error}"
+        except RemoteError as error:
+            if error.code not in ("ValueError", "BadMessage"):
+                raise
+            return str(error)
+        return ""
 
     # ---------------------------------------------------------------------------------------------------- reports
 
