@@ -118,7 +118,7 @@ def _exactly(kind: type) -> Decode:
 def _encode_float(value: Any, _: list[Buffer]) -> float:
     if type(value) is not float and isinstance(value, (int, np.number)):
         return float(value)
-    return value  # type: ignore[no-any-return]  # anything else is msgpack's to take, and the receiver's to refuse
+    return value  # anything else is msgpack's to take, and the receiver's to refuse
 
 
 def _decode_scalar(raw: Any, frames: Frames) -> bool | int | float | str:
@@ -228,7 +228,9 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     coders = [coder(hints[n]) for n in names]
     decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
     encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values = operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    values: Callable[[Any], tuple[Any, ...]] = (
+        operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    )
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, cls):
