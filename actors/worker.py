@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -74,8 +73,7 @@ class Worker:
         self._rollout = rollout
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
-        self._tasks: asyncio.TaskGroup | None = None
-        self._early: list[Reservation] = []
+        self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
 
     async def run(self, hub_address: str) -> None:
         """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
@@ -89,11 +87,11 @@ class Worker:
         )
         self._client = await HubClient.connect(hub_address, hello, handler=self._handle)
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self._tasks.create_task(self._client.wait_closed(), name="hub connection")
-                self._tasks.create_task(self._report_regularly(self._client), name="report")
-                self._tasks.create_task(self._end_when_told(), name="shutdown")
-                self._spawn(self._early)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._client.wait_closed(), name="hub connection")
+                tasks.create_task(self._report_regularly(self._client), name="report")
+                tasks.create_task(self._end_when_told(), name="shutdown")
+                tasks.create_task(self._play_what_is_granted(tasks), name="grants")
         except* RunOver:
             log.info("the run is over")
         finally:
@@ -111,7 +109,8 @@ class Worker:
     async def _handle(self, message: Message) -> Message | None:
         match message:
             case Granted():
-                self._spawn(message.reservations)
+                for reservation in message.reservations:
+                    self._granted.put_nowait(reservation)
                 return None
             case Shutdown():
                 if not self._shutdown.done():
@@ -141,12 +140,11 @@ class Worker:
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
-    def _spawn(self, reservations: Sequence[Reservation]) -> None:
-        if self._tasks is None:
-            self._early.extend(reservations)
-            return
-        for reservation in reservations:
-            self._tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
+    async def _play_what_is_granted(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes grants, which may come before the hub's welcome; starts nothing once the role is ending."""
+        while True:
+            reservation = await self._granted.get()
+            tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
 
     async def _play(self, reservation: Reservation) -> None:
         """One reservation, to its delivery or its failure; both are told to the hub, and the hub grants anew."""

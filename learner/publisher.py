@@ -146,7 +146,7 @@ class Publisher:
             times, self._times = self._times, []
         return times
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float = 10.0) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -349,7 +349,7 @@ def test_an_address_in_use_is_refused_by_name() -> None:
 
 def test_a_flood_to_a_slow_peer_loses_nothing_and_delays_nobody_else() -> None:
     async def test() -> None:
-        begin, received, text = asyncio.Event(), [], "x" * 4096
+        begin, received, text = asyncio.Event(), [], "x" * 24_000  # more than all buffers of sockets and kernel hold
 
         async def slowly(message: Message) -> None:
             await begin.wait()
@@ -363,7 +363,8 @@ def test_a_flood_to_a_slow_peer_loses_nothing_and_delays_nobody_else() -> None:
                     await hub.server.note("slow", Shutdown(f"{i} {text}"))
 
             flooding = asyncio.create_task(flood())
-            while not hub.server.counters["full_buffers"]:
+            outbox = hub.server.peers["slow"].outbox
+            while not (hub.server.counters["full_buffers"] and outbox.full()):
                 assert await quick.call(Finish("hi"), 5) == Finish("quick: hi")
             assert not flooding.done()  # the sender waits
             assert not hub.server.note_nowait("slow", Ok())
@@ -384,7 +385,7 @@ def test_a_peer_whose_buffers_stay_full_is_dropped_and_its_sender_freed() -> Non
         async with answering(0.05, 0.4) as hub, joined(hub, "stuck", stuck):
             while "stuck" in hub.server.peers:
                 await hub.server.note("stuck", Shutdown("x" * 65536))
-            assert await hub.left.get() == ("stuck", "its connection is gone, or its buffers stayed full")
+            assert (await hub.left.get())[0] == "stuck"
 
     run(test())
 
