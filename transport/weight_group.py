@@ -107,7 +107,9 @@ class WeightGroup:
         """Rank 0: broadcast the tensors in order, in the dtype and on the device they have; blocks until sent.
 
         On CUDA their contents must be complete on the current stream. ``tensors`` is iterated on another thread.
-        Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
+        Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed, and whatever ``tensors`` raises; the
+        group is broken then. Returning means that this rank's part is done: gloo relays along a tree, so that a peer
+        further down may have died unseen here. Only the engines' acknowledgements say that all have the weights.
         """
         if self.rank != 0:
             raise ValueError(f"rank {self.rank} of weight group {self.spec.name!r} cannot send: rank 0 does")
@@ -156,7 +158,7 @@ class WeightGroup:
         running = in_daemon_thread(collective, f"{what}-{self.spec.name}-{self.rank}")
         try:
             _outcome(running, self.spec, self.rank, f"{what} did not finish", self.spec.timeout_s)
-        except WeightGroupError as error:
+        except Exception as error:  # an iterator of tensors may raise anything; peers have taken a part by then
             self._broken = str(error)
             self.close()  # wakes the thread that is stuck in the collective, here and at the peers
             raise
