@@ -19,6 +19,7 @@ the next one. NCCL connects in the first broadcast, gloo while the group is form
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -147,9 +148,17 @@ class WeightGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = timedelta(seconds=self.spec.timeout_s)
-        pending = [(self._process_group.broadcast([tensor], options), tensor) for tensor in tensors]
-        for work, _ in pending:
-            work.wait(options.timeout)
+        pending: deque[tuple[Any, Tensor]] = deque()
+        try:
+            for tensor in tensors:
+                pending.append((self._process_group.broadcast([tensor], options), tensor))
+            while pending:
+                pending[0][0].wait(options.timeout)
+                pending.popleft()
+        finally:
+            # gloo's sockets live as long as any work does, and an error's traceback keeps this frame: were they left
+            # here, the peers of a failed broadcast would wait for their own deadlines
+            pending.clear()
 
     def _run(self, collective: Callable[[], None], what: str) -> None:
         if self._process_group is None or self._broken is not None:
