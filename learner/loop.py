@@ -76,6 +76,7 @@ def train(
         outlet.begin("train", version)
         with recorder.span("train", step=version):
             prepared = prepare_batch(batch.trajectories, version, config)
+            prepared.metrics["tokens_masked_as_stale"] += batch.stale_tokens_dropped
             result = trainer.train_policy(prepared.sequences, version)
         trained = time.monotonic()
         with recorder.span("commit", step=version):

@@ -194,6 +194,8 @@ class Batch(Message):
 
     train_version: int
     trajectories: tuple[Trajectory, ...]
+    stale_tokens_dropped: int = 0
+    """Sampled tokens of groups dropped whole as stale since the batch before"""
 
 
 @dataclass(frozen=True, slots=True)

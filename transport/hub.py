@@ -83,6 +83,7 @@ class Hub:
         self._payloads: dict[TrajectoryKey, ReceivedTrajectory] = {}
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
+        self._stale_tokens_told = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -245,7 +246,9 @@ class Hub:
         if leased is None:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
-        return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys))
+        dropped = self._queue.statistics(self._clock()).dropped_stale_tokens
+        since, self._stale_tokens_told = dropped - self._stale_tokens_told, dropped
+        return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys), since)
 
     async def _drain(self, message: Drain) -> None:
         """Once drained, nothing is granted until the weights that this was for are published."""

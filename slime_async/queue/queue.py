@@ -408,6 +408,8 @@ class TrajectoryQueue:
     def _choose(self, train_version: int) -> tuple[int, ...]:
         selection = select(self._ledger, self.limits, train_version)
         for serial in selection.stale:
+            accepted = self._ledger.groups[serial].accepted.values()
+            self._meters.dropped_stale_tokens += sum(a.meta.num_sampled for a in accepted)
             self._drop(serial, "stale")
         return selection.groups
 

@@ -32,6 +32,7 @@ class Meters:
     last_failure: str = ""
     returned: int = 0
     masked_tokens: int = 0
+    dropped_stale_tokens: int = 0
     masked_trajectories: int = 0
     trained_stale_tokens: int = 0
     last_batch: BatchStaleness = field(default_factory=BatchStaleness)
@@ -104,6 +105,9 @@ class QueueStatistics:
     returned: int
     """Reservations of actors that died"""
     masked_tokens: int
+    """In leased batches"""
+    dropped_stale_tokens: int
+    """Of groups that were dropped whole as stale"""
     masked_trajectories: int
     """All of whose tokens were masked"""
     trained_stale_tokens: int
@@ -174,6 +178,7 @@ def collect(
         failures=meters.failures,
         returned=meters.returned,
         masked_tokens=meters.masked_tokens,
+        dropped_stale_tokens=meters.dropped_stale_tokens,
         masked_trajectories=meters.masked_trajectories,
         trained_stale_tokens=meters.trained_stale_tokens,
         evaluation_reserved=evaluations.held,

@@ -34,7 +34,9 @@ METRICS: dict[str, Metric] = {
     "groups_with_equal_rewards": Metric("groups", "Without a gradient: all their rewards are the same"),
     "trajectories": Metric("trajectories", "In the batch and with any weight in the loss"),
     "tokens_trained": Metric("tokens", "Sampled tokens with non-zero weight in the loss"),
-    "tokens_masked_as_stale": Metric("tokens", "Sampled tokens beyond the staleness bound, without weight in the loss"),
+    "tokens_masked_as_stale": Metric(
+        "tokens", "Sampled tokens beyond the bound, without weight in the loss or dropped as a group"
+    ),
     "tokens_trained_stale": Metric("tokens", "Beyond the bound but trained (on_stale = 'train')"),
     "staleness_mean": Metric("versions", "Token-weighted mean over tokens with non-zero weight in the loss"),
     "staleness_max": Metric("versions", "Largest over tokens with non-zero weight in the loss"),

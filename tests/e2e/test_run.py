@@ -36,7 +36,7 @@ def test_a_short_run_trains_within_the_bound_and_writes_what_it_promises(tmp_pat
 
 
 def test_a_delayed_actors_tokens_beyond_the_bound_are_masked_and_counted(tmp_path: Path) -> None:
-    settings = {"run.steps": "120", "staleness.max-staleness": "1", "batch.groups": "2", "batch.group-size": "2"}
+    settings = {"run.steps": "60", "staleness.max-staleness": "1", "batch.groups": "2", "batch.group-size": "2"}
     with started(tmp_path / "runs", {**settings, "evaluation.before": "false", "evaluation.after": "false"}) as run:
         run.wait_for("the hub", lambda: (run.path / "hub.address").exists())
         argv = [sys.executable, "-m", "slime_async.cli.main", "actor", str(run.path / "config.toml")]
