@@ -112,7 +112,9 @@ def test_a_cancelled_join_leaves_the_group_when_it_has_formed(checkpoints: Check
     del store
 
 
-def test_a_cancelled_broadcast_breaks_its_group_and_the_next_one_works(checkpoints: Checkpoints) -> None:
+def test_a_cancelled_broadcast_leaves_its_group_and_the_old_weights_and_the_next_one_works(
+    checkpoints: Checkpoints,
+) -> None:
     tensors = tensors_of(checkpoints())
 
     async def test() -> None:
@@ -123,11 +125,10 @@ def test_a_cancelled_broadcast_breaks_its_group_and_the_next_one_works(checkpoin
                 receiving.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await receiving
-                # the sender fails, and not by its deadline; what fits into the sockets' buffers may count as sent
-                try:
-                    await asyncio.to_thread(learner.group.send, tensors.items())
-                except WeightGroupError as broken:
-                    assert not isinstance(broken, WeightGroupTimeoutError)  # noqa: PT017
+                sending = asyncio.to_thread(learner.group.send, tensors.items())
+                (outcome,) = await asyncio.gather(sending, return_exceptions=True)
+                # the bytes may all have been taken before the engine left; nobody waits for the deadline
+                assert outcome is None or type(outcome) is WeightGroupError
                 assert (await engine.status()).weights == OLD
             async with Learner.joined_by(engine, epoch=2) as learner:
                 await learner.broadcast(engine, tensors, NEW)
