@@ -26,6 +26,7 @@ Relay               learner ──► hub       the reply of the actor to the me
 GetStatus           any ──► hub           RunStatus
 Finish              learner ──► hub       Ok; the hub tells everyone to leave
 Shutdown            hub ──► any           (note) leave now, and why
+Shutdown            any ──► hub           (note) this role leaves now, and why
 ==================  ====================  ============================================================
 """
 
@@ -88,6 +89,8 @@ class Welcome(Message):
     """The published version, −1 before the first publication"""
     engines: tuple[EngineInfo, ...] = ()
     """Learners only: the engines that live now"""
+    heartbeat_timeout_s: float = 10.0
+    """Silence after which either side takes the other for dead"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,237 @@
+"""Messages to frames and back: one small msgpack header, then the raw bytes of each array.
+
+::
+
+    frame 0   msgpack [protocol version, call id, is a reply, [kind, {field: value}]]
+    frame 1…  the arrays' bytes, little-endian, in the order in which the header names them
+
+``call_id`` joins a call and its reply; notes have 0. The first three entries keep their place in every version and an
+``ErrorReply`` keeps its form, so that peers of different versions can tell each other so. No pickle, no lists of
+numbers: an array's bytes are never copied, neither into the frames nor out of them (received arrays are read-only).
+
+A trajectory stays in the form in which it came: inside a header it is a byte string with its own header, so a
+``ReceivedTrajectory`` remembers its ``EncodedTrajectory`` and is sent on (or stored) without being coded again.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from slime_async.protocol import PROTOCOL_VERSION, ErrorReply, Message
+from slime_async.trajectory import Trajectory
+from slime_async.transport.coders import (
+    DEFAULT_LIMITS,
+    INT_MAX,
+    Buffer,
+    Coder,
+    Frames,
+    Limits,
+    coder,
+    fields_coder,
+    register,
+    union,
+    wants,
+)
+from slime_async.transport.errors import BadMessage
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "BadMessage",
+    "Buffer",
+    "EncodedTrajectory",
+    "Envelope",
+    "Limits",
+    "ReceivedTrajectory",
+    "decode",
+    "decode_trajectory",
+    "encode",
+    "encode_trajectory",
+]
+
+
+class Envelope(NamedTuple):
+    """A message as it came. ``call_id`` is 0 for a note."""
+
+    message: Message
+    call_id: int
+    reply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTrajectory:
+    """A trajectory as bytes; accepted by ``encode`` wherever a message holds a trajectory."""
+
+    header: bytes
+    frames: tuple[Buffer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(memoryview(f).nbytes for f in self.frames)
+
+
+class ReceivedTrajectory(Trajectory):
+    """A trajectory that came over the wire: its arrays are views of ``encoded``. ``replace`` gives one without it."""
+
+    __slots__ = ("encoded",)
+    encoded: EncodedTrajectory
+
+
+# -------------------------------------------------------------------------------------------------- msgpack
+
+
+def _numpy_scalar(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {reprlib.repr(value)} has no form on the wire")
+
+
+def _pack(raw: Any) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(raw, default=_numpy_scalar)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadMessage(f"cannot be sent: {error}") from error
+    return packed
+
+
+def _unpack(header: Buffer, limits: Limits) -> Any:
+    size = len(header)
+    if size > limits.header_bytes:
+        raise BadMessage(f"header has {size} bytes, the limit is {limits.header_bytes}")
+    entries = min(size, limits.collection_length)  # no honest collection has more entries than its header has bytes
+    try:
+        return msgpack.unpackb(
+            header,
+            max_str_len=limits.string_bytes,
+            max_bin_len=limits.header_bytes,
+            max_array_len=entries,
+            max_map_len=entries,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+        raise BadMessage(f"header is no msgpack within the limits: {error!s:.200}") from None
+
+
+# -------------------------------------------------------------------------------------------------- trajectories
+
+_TRAJECTORY = fields_coder(Trajectory, ReceivedTrajectory)
+
+
+def encode_trajectory(trajectory: Trajectory | EncodedTrajectory) -> EncodedTrajectory:
+    """As it came, if it came over the wire. Raises ``BadMessage`` for wrong dtypes or dimensions."""
+    if isinstance(trajectory, EncodedTrajectory):
+        return trajectory
+    encoded: EncodedTrajectory | None = getattr(trajectory, "encoded", None)
+    if encoded is None:
+        assert _TRAJECTORY.encode is not None
+        frames: list[Buffer] = []
+        header = _pack(_TRAJECTORY.encode(trajectory, frames))
+        encoded = EncodedTrajectory(header, tuple(frames))
+    return encoded
+
+
+def decode_trajectory(encoded: EncodedTrajectory, limits: Limits = DEFAULT_LIMITS) -> ReceivedTrajectory:
+    """Raises ``BadMessage``; the arrays are views of ``encoded``."""
+    frames = _open(encoded.frames, limits)
+    trajectory = _decode_trajectory(encoded.header, frames)
+    _all_taken(frames)
+    return trajectory
+
+
+def _decode_trajectory(raw: Any, frames: Frames) -> ReceivedTrajectory:
+    if type(raw) is not bytes:
+        raise wants("bytes of a trajectory", raw)
+    first = frames.position
+    trajectory: ReceivedTrajectory = _TRAJECTORY.decode(_unpack(raw, frames.limits), frames)
+    encoded = EncodedTrajectory(raw, tuple(frames.views[first : frames.position]))
+    object.__setattr__(trajectory, "encoded", encoded)
+    return trajectory
+
+
+def _encode_trajectory(value: Any, frames: list[Buffer]) -> bytes:
+    encoded = encode_trajectory(value)
+    frames.extend(encoded.frames)
+    return encoded.header
+
+
+register(Trajectory, Coder(_encode_trajectory, _decode_trajectory))
+
+
+# -------------------------------------------------------------------------------------------------- envelope
+
+_MESSAGES = union(Message.__subclasses__())
+_ERROR_REPLY = coder(ErrorReply)
+
+
+def encode(message: Message, *, call_id: int = 0, reply: bool = False, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
+    """Frames to send. Raises ``BadMessage`` for what the receiver would refuse: a wrong dtype, too large a size."""
+    assert _MESSAGES.encode is not None
+    frames: list[Buffer] = [b""]
+    body = _MESSAGES.encode(message, frames)
+    frames[0] = _pack((PROTOCOL_VERSION, call_id, reply, body))
+    try:
+        _check_sizes(frames, limits)
+    except BadMessage as bad:
+        raise bad.within(type(message).__name__) from None
+    return frames
+
+
+def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Envelope:
+    """Raises ``BadMessage`` for anything that ``encode`` would not have made, and for other protocol versions."""
+    if not frames:
+        raise BadMessage("a message has at least one frame, this one has none")
+    _check_sizes(frames, limits)
+    call_id, reply, body = _open_envelope(_unpack(frames[0], limits))
+    try:
+        rest = _open(frames[1:], limits)
+        message = _MESSAGES.decode(body, rest)
+        _all_taken(rest)
+    except BadMessage as bad:
+        bad.call_id, bad.reply = call_id, reply
+        raise
+    return Envelope(message, call_id, reply)
+
+
+def _open_envelope(raw: Any) -> tuple[int, bool, Any]:
+    if type(raw) is not list or len(raw) < 3:
+        raise wants("[version, call id, reply, [kind, fields]]", raw)
+    version, call_id, reply, *body = raw
+    if type(version) is not int or type(call_id) is not int or not 0 <= call_id <= INT_MAX or type(reply) is not bool:
+        raise wants("[version, call id, reply, [kind, fields]]", raw)
+    is_error = len(body) == 1 and type(body[0]) is list and body[0][:1] == [ErrorReply.__name__]
+    if len(body) != 1 or (version != PROTOCOL_VERSION and not is_error):
+        problem = f"peer speaks protocol version {version}, this side {PROTOCOL_VERSION}: install the same release"
+        if version == PROTOCOL_VERSION:
+            problem = f"envelope has {len(raw)} entries, not 4"
+        bad = BadMessage(problem)
+        bad.call_id, bad.reply = call_id, reply
+        raise bad
+    return call_id, reply, body[0]
+
+
+def _open(frames: Sequence[Buffer], limits: Limits) -> Frames:
+    return Frames([f if type(f) is memoryview else memoryview(f) for f in frames], limits)
+
+
+def _all_taken(frames: Frames) -> None:
+    if frames.position != len(frames.views):
+        raise BadMessage(f"has {len(frames.views)} raw frames, its header names {frames.position}")
+
+
+def _check_sizes(frames: Sequence[Buffer], limits: Limits) -> None:
+    if len(frames) - 1 > limits.frames:
+        raise BadMessage(f"has {len(frames) - 1} raw frames, the limit is {limits.frames}")
+    total = 0
+    for i, frame in enumerate(frames):
+        size = frame.nbytes if type(frame) is memoryview else len(frame)
+        total += size
+        if size > (limits.frame_bytes if i else limits.header_bytes):
+            limit = f"{limits.frame_bytes} for an array" if i else f"{limits.header_bytes} for a header"
+            raise BadMessage(f"frame {i} has {size} bytes, the limit is {limit}")
+    if total > limits.total_bytes:
+        raise BadMessage(f"has {total} bytes, the limit is {limits.total_bytes}")

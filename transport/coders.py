@@ -1,0 +1,377 @@
+"""From type annotations to coders: how each type of field looks on the wire, and what is checked when it comes back.
+
+==============================  =====================================================================
+annotation                      on the wire (msgpack)
+==============================  =====================================================================
+int, float, str, bool, bytes    the same; ints within 64 signed bits
+Literal[…], X | None            one of the values; nil or X
+bool | int | float | str        any one of them
+tuple[X, …], NamedTuple         array
+dict[str, X]                    map
+dataclass                       map of all its fields by name
+A | B of dataclasses            array [class name, map]
+NDArray[dtype]                  array [dtype, [shape]]; its bytes are the message's next raw frame.
+                                With a concrete dtype it is a column (one dimension); NDArray[np.generic] takes
+                                any allowed dtype and up to ``Limits.dimensions`` dimensions
+==============================  =====================================================================
+
+A coder is compiled once per type. Encoders append raw frames to a list; decoders take them from a ``Frames`` cursor in
+the same order. Whatever comes in, decoders raise ``BadMessage`` and nothing else, before they allocate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import reprlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from slime_async.transport.errors import BadMessage
+
+Buffer = bytes | bytearray | memoryview
+
+INT_MAX = 2**63 - 1
+_DTYPE_NAMES = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"  # no objects, text or dates
+)
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name).newbyteorder("<") for name in _DTYPE_NAMES.split()}
+NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes beyond which a message is refused: by its sender with ``BadMessage``, by its receiver unread."""
+
+    header_bytes: int = 16 << 20
+    """The msgpack part; a manifest of 50,000 tensors takes 5 MB"""
+    frame_bytes: int = 64 << 20
+    """One array; sockets close a connection that announces a larger frame"""
+    frames: int = 1 << 18
+    """Arrays in one message; a batch has at least three per trajectory"""
+    total_bytes: int = 16 << 30
+    """All of one message"""
+    collection_length: int = 1 << 16
+    """Entries of one tuple or dict"""
+    string_bytes: int = 1 << 20
+    dimensions: int = 4
+    """Of an array"""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Frames:
+    """A cursor over the raw frames of one message."""
+
+    __slots__ = ("limits", "position", "views")
+
+    def __init__(self, views: Sequence[memoryview], limits: Limits) -> None:
+        self.views = views
+        self.position = 0
+        self.limits = limits
+
+    def take(self) -> memoryview:
+        if self.position == len(self.views):
+            raise BadMessage(f"needs more frames than the {len(self.views)} that came")
+        self.position += 1
+        return self.views[self.position - 1]
+
+
+Encode = Callable[[Any, list[Buffer]], Any]
+Decode = Callable[[Any, Frames], Any]
+
+
+class Coder(NamedTuple):
+    """``encode`` is ``None`` where msgpack takes the value as it is."""
+
+    encode: Encode | None
+    decode: Decode
+
+
+def wants(wanted: str, value: object) -> BadMessage:
+    return BadMessage(f"wants {wanted}, got {type(value).__name__} {reprlib.repr(value)}")
+
+
+# -------------------------------------------------------------------------------------------------- scalars
+
+
+def _decode_int(raw: Any, _: Frames) -> int:
+    if type(raw) is not int or raw > INT_MAX:
+        raise wants("a 64-bit int", raw)
+    return raw
+
+
+def _exactly(kind: type) -> Decode:
+    def decode(raw: Any, _: Frames) -> Any:
+        if type(raw) is not kind:
+            raise wants(kind.__name__, raw)
+        return raw
+
+    return decode
+
+
+def _encode_float(value: Any, _: list[Buffer]) -> float:
+    if type(value) is not float and isinstance(value, (int, np.number)):
+        return float(value)
+    return value  # anything else is msgpack's to take, and the receiver's to refuse
+
+
+def _decode_scalar(raw: Any, frames: Frames) -> bool | int | float | str:
+    if type(raw) not in (bool, int, float, str):
+        raise wants("a bool, int, float or str", raw)
+    return _decode_int(raw, frames) if type(raw) is int else raw
+
+
+def _literal(values: tuple[Any, ...]) -> Coder:
+    kinds = {type(v) for v in values}
+
+    def decode(raw: Any, _: Frames) -> Any:
+        if type(raw) not in kinds or raw not in values:
+            raise wants(" or ".join(map(repr, values)), raw)
+        return raw
+
+    return Coder(None, decode)
+
+
+# -------------------------------------------------------------------------------------------------- containers
+
+
+def _optional(inner: Coder) -> Coder:
+    encode_inner, decode_inner = inner
+
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        return value if value is None or encode_inner is None else encode_inner(value, frames)
+
+    return Coder(encode, lambda raw, frames: None if raw is None else decode_inner(raw, frames))
+
+
+def _sequence(item: Coder) -> Coder:
+    encode_item, decode_item = item
+
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        assert encode_item is not None
+        return [encode_item(v, frames) for v in value]
+
+    def decode(raw: Any, frames: Frames) -> tuple[Any, ...]:
+        if type(raw) is not list:
+            raise wants("an array", raw)
+        done: list[Any] = []
+        try:
+            for entry in raw:
+                done.append(decode_item(entry, frames))
+        except BadMessage as bad:
+            raise bad.within(f"[{len(done)}]") from None
+        return tuple(done)
+
+    return Coder(None if encode_item is None else encode, decode)
+
+
+def _mapping(item: Coder) -> Coder:
+    encode_item, decode_item = item
+
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        assert encode_item is not None
+        return {k: encode_item(v, frames) for k, v in value.items()}
+
+    def decode(raw: Any, frames: Frames) -> dict[str, Any]:
+        if type(raw) is not dict:
+            raise wants("a map", raw)
+        for key, entry in raw.items():
+            if type(key) is not str:
+                raise wants("str as key", key)
+            try:
+                raw[key] = decode_item(entry, frames)
+            except BadMessage as bad:
+                raise bad.within(f"[{key[:80]!r}]") from None
+        return raw
+
+    return Coder(None if encode_item is None else encode, decode)
+
+
+def _named_tuple(kind: Any) -> Coder:
+    names: tuple[str, ...] = kind._fields
+    hints = get_type_hints(kind)
+    coders = [coder(hints[n]) for n in names]
+    if any(c.encode is not None for c in coders):
+        raise TypeError(f"{kind.__name__} needs coding: only tuples of ints, strs and such tuples go as they are")
+    decoders = [c.decode for c in coders]
+
+    def decode(raw: Any, frames: Frames) -> Any:
+        if type(raw) is not list or len(raw) != len(names):
+            raise wants(f"{kind.__name__}({', '.join(names)})", raw)
+        done: list[Any] = []
+        try:
+            for decode_field, entry in zip(decoders, raw, strict=True):
+                done.append(decode_field(entry, frames))
+        except BadMessage as bad:
+            raise bad.within(names[len(done)]) from None
+        return kind._make(done)
+
+    return Coder(None, decode)
+
+
+def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
+    """The map of a dataclass's fields; ``build`` is called with their values in order."""
+    hints = get_type_hints(cls)
+    names = tuple(f.name for f in dataclasses.fields(cls))
+    coders = [coder(hints[n]) for n in names]
+    decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
+    encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
+
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        if not isinstance(value, cls):
+            raise wants(cls.__name__, value)
+        raw = {n: getattr(value, n) for n in names}
+        for name, encode_field in encoders:
+            try:
+                raw[name] = encode_field(raw[name], frames)
+            except BadMessage as bad:
+                raise bad.within(name) from None
+        return raw
+
+    def decode(raw: Any, frames: Frames) -> Any:
+        if type(raw) is not dict:
+            raise wants(f"a map of {cls.__name__}'s fields", raw)
+        if len(raw) != len(names):
+            raise BadMessage(f"{cls.__name__} has fields {list(names)}, got {reprlib.repr(list(raw))}")
+        done: list[Any] = []
+        try:
+            for name, decode_field in decoders:
+                if name not in raw:
+                    raise BadMessage(f"missing: {cls.__name__} has fields {list(names)}, got {reprlib.repr(list(raw))}")
+                done.append(decode_field(raw[name], frames))
+        except BadMessage as bad:
+            raise bad.within(names[len(done)]) from None
+        try:
+            return build(*done)
+        except ValueError as error:
+            raise BadMessage(str(error)) from None
+
+    return Coder(encode, decode)
+
+
+def union(kinds: Sequence[Any]) -> Coder:
+    """One of several dataclasses, by name."""
+    by_name = {k.__name__: coder(k) for k in kinds}
+    by_kind = {k: (k.__name__, coder(k).encode) for k in kinds}
+
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        if type(value) not in by_kind:
+            raise wants(" or ".join(by_name), value)
+        name, encode_fields = by_kind[type(value)]
+        assert encode_fields is not None
+        try:
+            return [name, encode_fields(value, frames)]
+        except BadMessage as bad:
+            raise bad.within(name) from None
+
+    def decode(raw: Any, frames: Frames) -> Any:
+        if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not str:
+            raise wants("[kind, fields]", raw)
+        found = by_name.get(raw[0])
+        if found is None:
+            raise BadMessage(f"{reprlib.repr(raw[0])} is none of the kinds {', '.join(by_name)}")
+        try:
+            return found.decode(raw[1], frames)
+        except BadMessage as bad:
+            raise bad.within(raw[0]) from None
+
+    return Coder(encode, decode)
+
+
+# -------------------------------------------------------------------------------------------------- arrays
+
+
+def _array(wanted: np.dtype[Any] | None) -> Coder:
+    def encode(value: Any, frames: list[Buffer]) -> Any:
+        if not isinstance(value, np.ndarray):
+            raise wants("a numpy array", value)
+        name = NAMES.get(value.dtype)
+        if name is None or (wanted is not None and value.dtype != wanted):
+            raise BadMessage(f"wants dtype {wanted or _DTYPE_NAMES}, got {value.dtype.str}: convert it")
+        if wanted is not None and value.ndim != 1:
+            raise BadMessage(f"wants one dimension, got shape {value.shape}")
+        frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
+        return [name, value.shape]
+
+    def decode(raw: Any, frames: Frames) -> Any:
+        if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not str or type(raw[1]) is not list:
+            raise wants("[dtype, shape]", raw)
+        name, shape = raw
+        dtype = DTYPES.get(name)
+        if dtype is None or (wanted is not None and dtype != wanted):
+            raise BadMessage(f"wants dtype {wanted or _DTYPE_NAMES}, got {reprlib.repr(name)}")
+        if not 1 <= len(shape) <= (frames.limits.dimensions if wanted is None else 1):
+            raise BadMessage(f"has shape {reprlib.repr(shape)}: too few or too many dimensions")
+        size = dtype.itemsize
+        for n in shape:
+            if type(n) is not int or n < 0:
+                raise wants("lengths ≥ 0 as shape", shape)
+            size *= n
+        frame = frames.take()
+        if frame.nbytes != size:
+            raise BadMessage(f"{name}{shape} takes {size} bytes, its frame has {frame.nbytes}")
+        array = np.frombuffer(frame, dtype)
+        if not array.flags.aligned:  # small messages come at any address of the socket's read buffer
+            array = array.copy()
+        array.flags.writeable = False  # the bytes belong to the message, which may be sent on
+        return array if len(shape) == 1 else array.reshape(shape)
+
+    return Coder(encode, decode)
+
+
+# -------------------------------------------------------------------------------------------------- compiler
+
+_SCALARS: dict[Any, Coder] = {
+    int: Coder(None, _decode_int),
+    float: Coder(_encode_float, _exactly(float)),
+    **{kind: Coder(None, _exactly(kind)) for kind in (bool, str, bytes)},
+}
+_CUSTOM: dict[Any, Coder] = {}
+
+
+def register(kind: type, custom: Coder) -> None:
+    """Code ``kind`` in a form of its own, wherever an annotation names it."""
+    _CUSTOM[kind] = custom
+
+
+@functools.cache
+def coder(annotation: Any) -> Coder:
+    """The coder of one annotation. Raises ``TypeError`` for one that has no form on the wire."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in _CUSTOM:
+        return _CUSTOM[annotation]
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    if origin is Literal:
+        return _literal(arguments)
+    if origin in (Union, types.UnionType):
+        return _union_of(annotation, arguments)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return _sequence(coder(arguments[0]))
+    if origin is dict and arguments[0] is str:
+        return _mapping(coder(arguments[1]))
+    if origin is np.ndarray:
+        scalar = get_args(arguments[1])[0]
+        return _array(None if scalar is np.generic else np.dtype(scalar))
+    if isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
+        return _named_tuple(annotation)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return fields_coder(annotation, annotation)
+    raise TypeError(f"{annotation} has no form on the wire; see the table in {__name__}")
+
+
+def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:
+    some = tuple(a for a in arguments if a is not type(None))
+    if len(some) < len(arguments):
+        return _optional(coder(functools.reduce(operator.or_, some)))
+    if set(some) == {bool, int, float, str}:
+        return Coder(None, _decode_scalar)
+    if all(dataclasses.is_dataclass(a) for a in some):
+        return union(some)
+    raise TypeError(f"{annotation} has no form on the wire: unions are of dataclasses or of bool, int, float and str")
