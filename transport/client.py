@@ -188,15 +188,15 @@ class HubClient:
     async def close(self, timeout_s: float = 5.0) -> None:
         """Send what waits, say farewell and disconnect; gives up what is unsent after ``timeout_s``. Idempotent."""
         deadline = time.monotonic() + timeout_s
-        if not self._ended.is_set() and not self._talk.suspended:
+        connected = not self._ended.is_set() and not self._talk.suspended
+        if connected:
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._talk.outbox.drained()
                     await self._talk.note(Shutdown("closed the connection"))
             except (TimeoutError, ConnectionLost) as error:
                 logger.warning("closed without a farewell to the hub at %s: %s", self.address, error)
-        linger_s = max(0.0, deadline - time.monotonic()) if not self._ended.is_set() else 0.0
-        self._end(None, linger_s)
+        self._end(None, max(0.0, deadline - time.monotonic()) if connected else 0.0)
         await asyncio.to_thread(self._context.term)
 
     # ---------------------------------------------------------------------------------------------- connection

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from slime_async import protocol
 from slime_async.protocol import PROTOCOL_VERSION, ErrorReply, Message
 from slime_async.trajectory import Trajectory
 from slime_async.transport.coders import (
@@ -42,6 +43,7 @@ from slime_async.transport.errors import BadMessage
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "MESSAGES",
     "BadMessage",
     "Buffer",
     "EncodedTrajectory",
@@ -164,7 +166,12 @@ register(Trajectory, Coder(_encode_trajectory, _decode_trajectory))
 
 # -------------------------------------------------------------------------------------------------- envelope
 
-_MESSAGES = union(Message.__subclasses__())
+MESSAGES: tuple[type[Message], ...] = tuple(
+    kind
+    for kind in vars(protocol).values()
+    if isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
+)
+_MESSAGES = union(MESSAGES)
 _ERROR_REPLY = coder(ErrorReply)
 
 

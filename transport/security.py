@@ -130,7 +130,6 @@ class Doorkeeper:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], security: ServerSecurity) -> None:
         self._security = security
         self.refused = 0
-        authorized(security.authorized_keys)  # an unreadable list is an error now, not at the first connection
         socket = new_socket(context, zmq.ROUTER, Limits())
         socket.bind(_ZAP_ADDRESS)
         self._stream = Stream(socket, self._decide)

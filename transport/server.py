@@ -27,7 +27,7 @@ from slime_async.protocol import Heartbeat, Hello, Message, Report, Role, Shutdo
 from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, encode
 from slime_async.transport.conversation import Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
-from slime_async.transport.security import Doorkeeper, ServerSecurity, check_address
+from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
 from slime_async.transport.stream import Stream, new_socket, set_heartbeats
 
 MAX_STRIKES = 8
@@ -108,7 +108,7 @@ class Server:
         self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
         self._security = security
         self._limits = limits
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._doorkeeper: Doorkeeper | None = None
         self._stream: Stream | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -130,7 +130,10 @@ class Server:
         return ServerStatistics(**{**asdict(self._statistics), "refused": refused})
 
     async def start(self) -> None:
-        """Listen. Raises ``OSError`` when the address is taken."""
+        """Listen. Raises ``OSError`` when the address is taken, ``ValueError`` for a bad list of authorized keys."""
+        if self._security is not None:
+            authorized(self._security.authorized_keys)  # an error now, not at the first connection
+        self._context = zmq.Context()
         socket = new_socket(self._context, zmq.ROUTER, self._limits)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         set_heartbeats(socket, self._interval_s, self._timeout_s)
@@ -141,7 +144,10 @@ class Server:
             socket.setsockopt(zmq.IPV6, "[" in self.address)
             socket.bind(self.address)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            if self._doorkeeper is not None:
+                self._doorkeeper.close()
+            socket.close()
+            self._context.term()
             raise OSError(error.errno, f"cannot listen at {self.address}: {error}") from error
         self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stream = Stream(socket, self._receive, self._flush)
@@ -176,7 +182,8 @@ class Server:
             self._stream.close(linger_s)
         if self._doorkeeper is not None:
             self._doorkeeper.close()
-        await asyncio.to_thread(self._context.term)
+        if self._context is not None:
+            await asyncio.to_thread(self._context.term)
         self._ended.set()
 
     # ---------------------------------------------------------------------------------------------- coming in

@@ -24,6 +24,9 @@ BURST = 64
 COPY_BELOW_BYTES = 256 << 10
 """Smaller frames are copied into the socket: cheaper than ZeroMQ's call back when it is done with a borrowed one"""
 
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
 
 def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limits) -> zmq.Socket[bytes]:
     """A socket with finite buffers that refuses frames beyond ``limits`` before it allocates them."""
@@ -75,15 +78,15 @@ class Stream:
 
     def read(self, most: int) -> int:
         """Hand on up to ``most`` messages that are here already; returns how many."""
-        recv, more = self.socket.recv, zmq.NOBLOCK
+        recv = self.socket.recv
         for done in range(most):
             try:
-                frame = recv(more, copy=False, track=False)
+                frame = recv(_LAST, False, False)
             except zmq.Again:
                 return done
             frames = [frame.buffer]
             while frame.more:
-                frame = recv(more, copy=False, track=False)
+                frame = recv(_LAST, False, False)
                 frames.append(frame.buffer)
             self._on_frames(frames)
             if self.closed:
@@ -102,8 +105,7 @@ class Stream:
         try:
             for i, frame in enumerate(frames):
                 size = frame.nbytes if type(frame) is memoryview else len(frame)
-                flags = zmq.NOBLOCK if i == last else zmq.NOBLOCK | zmq.SNDMORE
-                send(frame, flags, copy=size < COPY_BELOW_BYTES, track=False)
+                send(frame, _LAST if i == last else _MORE, size < COPY_BELOW_BYTES, False)
         except zmq.Again:  # only ever raised for the first frame: ZeroMQ takes messages whole
             return False
         except zmq.ZMQError as error:
