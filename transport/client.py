@@ -54,6 +54,7 @@ class _Link:
         on_frames: Callable[[list[memoryview]], None],
         on_room: Callable[[], None],
         on_broken: Callable[[_Link, str], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
         socket = new_socket(context, zmq.DEALER, limits)
         socket.setsockopt(zmq.RECONNECT_IVL, int(RETRY_INTERVAL_S * 1000))
@@ -63,8 +64,8 @@ class _Link:
         self.trouble = "nobody listens there"
         self._up = False
         self._on_broken = on_broken
-        self.monitor = Stream(socket.get_monitor_socket(_EVENTS), self._observe)
-        self.stream = Stream(socket, on_frames, on_room)
+        self.monitor = Stream(socket.get_monitor_socket(_EVENTS), self._observe, lambda: None, on_error)
+        self.stream = Stream(socket, on_frames, on_room, on_error)
         try:
             socket.setsockopt(zmq.IPV6, "[" in address)
             socket.connect(address)
@@ -210,6 +211,7 @@ class HubClient:
             self._talk.receive,
             self._room,
             self._broken,
+            self._end,
         )
         try:
             reply = await self._talk.call(hello, timeout_s, first=True)

@@ -16,7 +16,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,12 +127,14 @@ def secure_client(socket: zmq.Socket[bytes], security: ClientSecurity) -> None:
 class Doorkeeper:
     """Answers, for one ZeroMQ context, who may connect (ZeroMQ RFC 27, ZAP). Counts whom it turned away."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], security: ServerSecurity) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], security: ServerSecurity, on_error: Callable[[Exception], None]
+    ) -> None:
         self._security = security
         self.refused = 0
         socket = new_socket(context, zmq.ROUTER, Limits())
         socket.bind(_ZAP_ADDRESS)
-        self._stream = Stream(socket, self._decide)
+        self._stream = Stream(socket, self._decide, lambda: None, on_error)
 
     def secure_server(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)

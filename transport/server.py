@@ -85,7 +85,9 @@ class Server:
     ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` may raise ``ValueError``, ``RemoteError``,
     ``DeadlineExceeded`` or ``ConnectionLost`` to answer with an ``ErrorReply``. Anything else that a handler raises
     answers its caller and ends ``serve`` with that error. ``on_leave`` is called once for each peer that joined, after
-    it is out of ``peers``. Raises ``ValueError`` for an address that needs ``security`` or ``insecure``.
+    it is out of ``peers``; its calls in progress are cancelled. A message must get through within
+    ``heartbeat_timeout_s``, for the heartbeats behind it to count. Raises ``ValueError`` for an address that needs
+    ``security`` or ``insecure``.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Server:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         set_heartbeats(socket, self._interval_s, self._timeout_s)
         if self._security is not None:
-            self._doorkeeper = Doorkeeper(self._context, self._security)
+            self._doorkeeper = Doorkeeper(self._context, self._security, self._fail)
             self._doorkeeper.secure_server(socket)
         try:
             socket.setsockopt(zmq.IPV6, "[" in self.address)
@@ -150,7 +152,7 @@ class Server:
             self._context.term()
             raise OSError(error.errno, f"cannot listen at {self.address}: {error}") from error
         self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._stream = Stream(socket, self._receive, self._flush)
+        self._stream = Stream(socket, self._receive, self._flush, self._fail)
         self._heart = asyncio.create_task(self._beat())
         self._heart.add_done_callback(self._heart_stopped)
 
@@ -330,7 +332,11 @@ class Server:
             self._forget(peer)
             peer.conversation.close(ConnectionLost(f"{peer.conversation.other} left: {reason}"))
             if peer.joined:
-                self._on_leave(peer, reason)
+                try:
+                    self._on_leave(peer, reason)
+                except Exception as error:
+                    self._fail(error)
+                    raise
 
     def _cut_off(self, peer: Peer, reason: str) -> None:
         """Disconnect a peer for what it does: it is told if it listens, and its messages count as ignored."""

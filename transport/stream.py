@@ -39,22 +39,30 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limit
 
 
 def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: float) -> None:
-    """ZMTP's own heartbeats: they find connections that are dead below us."""
+    """ZMTP's own heartbeats: they find connections that are dead below us.
+
+    They also stop while a peer takes no messages, so they have twice our patience: what we notice, we can explain.
+    """
     socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(timeout_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(timeout_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(2 * timeout_s * 1000)))
 
 
 class Stream:
-    """Reads every message of ``socket`` into ``on_frames`` and calls ``on_room`` when blocked sends may go on."""
+    """Reads every message of ``socket`` into ``on_frames`` and calls ``on_room`` when blocked sends may go on.
+
+    ``on_error`` gets what these two, or the socket, raise: a callback of the loop has no caller who would.
+    """
 
     def __init__(
         self,
         socket: zmq.Socket[bytes],
         on_frames: Callable[[list[memoryview]], None],
-        on_room: Callable[[], None] = lambda: None,
+        on_room: Callable[[], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
         self.socket = socket
+        self._on_error = on_error
         self._on_frames = on_frames
         self._on_room = on_room
         self._loop = asyncio.get_running_loop()
@@ -71,10 +79,14 @@ class Stream:
 
     def _look(self) -> None:
         self._scheduled = False
-        if not self.closed and self.read(BURST) == BURST:
-            self._look_soon()
-        if not self.closed:
-            self._on_room()
+        try:
+            if not self.closed and self.read(BURST) == BURST:
+                self._look_soon()
+            if not self.closed:
+                self._on_room()
+        except Exception as error:
+            self._on_error(error)
+            raise
 
     def read(self, most: int) -> int:
         """Hand on up to ``most`` messages that are here already; returns how many."""

@@ -32,7 +32,7 @@ from slime_async.protocol import (
 )
 from slime_async.transport.codec import decode, encode
 from slime_async.transport.errors import ConnectionLost
-from slime_async.transport.server import MAX_STRIKES
+from slime_async.transport.server import MAX_HANDLING, MAX_STRIKES
 from slime_async.transport.stream import HIGH_WATER_MARK
 
 
@@ -152,6 +152,31 @@ def test_frames_beyond_the_limit_break_the_connection_before_they_are_read() -> 
             await raw.send_frames([b"x", bytes((64 << 20) + 1)])
             await eventually(lambda: hub.left)
             assert hub.server.statistics().bad == 0
+
+    run(scenario())
+
+
+def test_a_peer_that_never_waits_for_replies_is_cut_off() -> None:
+    async def scenario() -> None:
+        async with a_hub() as hub, a_raw_peer(hub) as raw:
+            for i in range(MAX_HANDLING + 1):
+                await raw.send(Lease(1, 1, 20), call_id=i + 2)
+            await eventually(lambda: hub.left)
+            assert "more than 4096 calls and notes in progress" in hub.left[0][1]
+            await eventually(lambda: hub.cancelled == len(hub.calls))
+
+    run(scenario())
+
+
+def test_a_bug_in_what_is_told_of_a_leaving_peer_ends_serve() -> None:
+    async def scenario() -> None:
+        async with a_hub() as hub:
+            serving = asyncio.create_task(hub.server.serve())
+            hub.left = None  # type: ignore[assignment]
+            async with a_client(hub.server.address):
+                pass
+            with pytest.raises(AttributeError, match="append"):
+                await serving
 
     run(scenario())
 
