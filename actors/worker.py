@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import PauseMode
+from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.config import Config
 from slime_async.protocol import (
@@ -48,6 +48,7 @@ from slime_async.protocol import (
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import RemoteError
+from slime_async.transport.weight_group import WeightGroupError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,6 @@ class Worker:
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._early: list[Reservation] = []
 
     async def run(self, hub_address: str) -> None:
         """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
@@ -92,7 +92,6 @@ class Worker:
                 self._tasks.create_task(self._client.wait_closed(), name="hub connection")
                 self._tasks.create_task(self._report_regularly(self._client), name="report")
                 self._tasks.create_task(self._end_when_told(), name="shutdown")
-                self._spawn(self._early)
         except* RunOver:
             log.info("the run is over")
         finally:
@@ -116,6 +115,14 @@ class Worker:
                 if not self._shutdown.done():
                     self._shutdown.set_result(message)
                 return None
+        try:
+            return await self._command(message)
+        except (EngineError, WeightGroupError) as failed:  # the learner's to handle; a dead engine ends its rollouts
+            log.warning("%s failed: %s", type(message).__name__, failed)
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _command(self, message: Message) -> Message:
+        """What the learner asks of the engine."""
         self._check_engine(message)
         match message:
             case PrepareWeights():
@@ -141,9 +148,7 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- rollouts
 
     def _spawn(self, reservations: Sequence[Reservation]) -> None:
-        if self._tasks is None:
-            self._early.extend(reservations)
-            return
+        assert self._tasks is not None  # the client hands nothing on before run goes on
         for reservation in reservations:
             self._tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
 
