@@ -10,11 +10,8 @@ from pathlib import Path
 from slime_async.actors.engine import Engine, EngineError
 from slime_async.actors.rollout import Rollout, make_rollout
 from slime_async.config.schema import Config
-from slime_async.protocol import Reservation
+from slime_async.protocol import SOLVED, Reservation
 from slime_async.trajectory import TaskRef, Trajectory
-
-CORRECT = 1.0
-"""A task counts as solved from this reward on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ def summarize(rewards: list[float | None]) -> EvaluationSummary:
     """From one entry per task, None where the episode failed."""
     given = [reward for reward in rewards if reward is not None]
     return EvaluationSummary(
-        accuracy=sum(reward >= CORRECT for reward in given) / len(rewards),
+        accuracy=sum(reward >= SOLVED for reward in given) / len(rewards),
         mean_reward=statistics.fmean(given) if given else float("nan"),
         failed=len(rewards) - len(given),
         tasks=len(rewards),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -46,8 +45,9 @@ from slime_async.protocol import (
     Started,
 )
 from slime_async.telemetry.spans import SpanRecorder
+from slime_async.trajectory import Trajectory
 from slime_async.transport.client import HubClient
-from slime_async.transport.errors import RemoteError
+from slime_async.transport.errors import BadMessage, RemoteError
 from slime_async.transport.weight_group import WeightGroupError
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Worker:
         self._rollout = rollout
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
-        self._tasks: asyncio.TaskGroup | None = None
+        self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
 
     async def run(self, hub_address: str) -> None:
         """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
@@ -88,10 +88,11 @@ class Worker:
         )
         self._client = await HubClient.connect(hub_address, hello, handler=self._handle)
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self._tasks.create_task(self._client.wait_closed(), name="hub connection")
-                self._tasks.create_task(self._report_regularly(self._client), name="report")
-                self._tasks.create_task(self._end_when_told(), name="shutdown")
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._client.wait_closed(), name="hub connection")
+                tasks.create_task(self._report_regularly(self._client), name="report")
+                tasks.create_task(self._end_when_told(), name="shutdown")
+                tasks.create_task(self._play_what_is_granted(tasks), name="grants")
         except* RunOver:
             log.info("the run is over")
         finally:
@@ -109,7 +110,8 @@ class Worker:
     async def _handle(self, message: Message) -> Message | None:
         match message:
             case Granted():
-                self._spawn(message.reservations)
+                for reservation in message.reservations:
+                    self._granted.put_nowait(reservation)
                 return None
             case Shutdown():
                 if not self._shutdown.done():
@@ -147,26 +149,36 @@ class Worker:
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
-    def _spawn(self, reservations: Sequence[Reservation]) -> None:
-        assert self._tasks is not None  # the client hands nothing on before run goes on
-        for reservation in reservations:
-            self._tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
+    async def _play_what_is_granted(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes grants; starts nothing once the role is ending."""
+        while True:
+            reservation = await self._granted.get()
+            tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")
 
     async def _play(self, reservation: Reservation) -> None:
         """One reservation, to its delivery or its failure; both are told to the hub, and the hub grants anew."""
         assert self._client is not None
         await self._client.note(Started(reservation.key, reservation.attempt))
         outcome = await self._rollout.run(reservation)
-        if isinstance(outcome, RolloutFailure):
-            failed = Failed(reservation.key, reservation.attempt, outcome.reason, reservation.evaluation)
+        reason = outcome.reason if isinstance(outcome, RolloutFailure) else await self._deliver(outcome, reservation)
+        if reason:
+            failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
             await self._client.call(failed, DELIVERY_TIMEOUT_S)
-            return
+
+    async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
+        """Why the hub does not take it (too large, most likely); empty when it does."""
+        assert self._client is not None
         if self._config.actor.delay_s and not reservation.evaluation:
             await asyncio.sleep(self._config.actor.delay_s)
         try:
-            await self._client.call(Deliver(outcome, reservation.evaluation), DELIVERY_TIMEOUT_S)
-        except RemoteError as refused:  # too large, or malformed: the hub counts a failed attempt and grants anew
-            log.error("the hub refuses the trajectory of %s: %s", reservation.key, refused)
+            await self._client.call(Deliver(trajectory, reservation.evaluation), DELIVERY_TIMEOUT_S)
+        except BadMessage as error:  # refused on this side of the wire
+            return f"BadMessage: {error}"
+        except RemoteError as error:
+            if error.code not in ("ValueError", "BadMessage"):
+                raise
+            return str(error)
+        return ""
 
     # ---------------------------------------------------------------------------------------------------- reports
 

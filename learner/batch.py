@@ -31,7 +31,7 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
     size = config.batch.group_size
     ordered = sorted(trajectories, key=lambda t: t.key) if config.run.deterministic else list(trajectories)
     tasks = [t.task.serial for t in ordered]
-    if any(len(set(tasks[i : i + size])) != 1 for i in range(0, len(tasks), size)):
+    if len(tasks) % size or any(len(set(tasks[i : i + size])) != 1 for i in range(0, len(tasks), size)):
         raise ValueError(f"a batch holds incomplete groups: tasks {tasks} are not runs of {size} (batch.group_size)")
     rewards = np.array([t.reward for t in ordered], dtype=np.float64).reshape(-1, size)
     advantages = group_advantages(config.algorithm, torch.from_numpy(rewards)).reshape(-1).numpy()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import torch
@@ -20,6 +19,8 @@ from slime_async.transport.codec import Limits, decode, encode
 
 LEASE_POLL_S = 5.0
 """How long one lease call stays open; a new one follows at once, so this bounds only how late a failure is noticed."""
+CHECK_INTERVAL_S = 1.0
+"""How often a waiting loop looks whether something else has failed."""
 
 
 class Feed(Protocol):
@@ -74,18 +75,12 @@ class HubFeed:
         self._ahead_version = train_version
 
     def _await_reply(self) -> Message:
-        """The open lease's answer; looks once a second whether something else has failed meanwhile."""
+        """The open lease's answer, unless something else fails meanwhile."""
         assert self._ahead is not None
-        while True:
-            try:
-                reply = self._ahead.result(timeout=1.0)
-            except FutureTimeoutError:
-                if not self._ahead.done():
-                    self._check()
-                    continue
-                raise
-            self._ahead = None
-            return reply
+        while not wait([self._ahead], CHECK_INTERVAL_S).done:
+            self._check()
+        answered, self._ahead = self._ahead, None
+        return answered.result()
 
 
 class SharingFeed:
@@ -97,11 +92,12 @@ class SharingFeed:
 
     def next_batch(self, train_version: int) -> Batch:
         batch = self._feed.next_batch(train_version)
-        frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in encode(batch)]
-        sizes = torch.tensor([len(frames), *(len(frame) for frame in frames)], dtype=torch.int64)
+        frames = [memoryview(frame) for frame in encode(batch)]
+        sizes = torch.tensor([len(frames), *(frame.nbytes for frame in frames)], dtype=torch.int64)
         dist.broadcast(sizes[:1].to(self._device), src=0)
         dist.broadcast(sizes[1:].to(self._device), src=0)
-        dist.broadcast(torch.cat(frames).to(self._device), src=0)
+        payload = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8)
+        dist.broadcast(payload.to(self._device), src=0)
         return batch
 
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +97,7 @@ class Publisher:
         self._pending: Snapshot | None = None
         self._current: Snapshot | None = None
         self._held: tuple[EngineInfo, ...] = ()
+        self._published = -1
         self._group: WeightGroup | None = None
         self._epoch = 0
         self._closing = False
@@ -128,7 +130,7 @@ class Publisher:
         """Until at least one engine holds ``version`` and the hub knows it."""
         with self._changed:
             self._wait(
-                lambda: self._current is not None and self._current.weights.version >= version and bool(self._held),
+                lambda: self._published >= version and bool(self._held),
                 timeout_s,
                 f"an engine to take version {version}; engines known: {[e.engine_id for e in self._engines]}",
             )
@@ -144,7 +146,7 @@ class Publisher:
             times, self._times = self._times, []
         return times
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float = 10.0) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -190,6 +192,7 @@ class Publisher:
         return self._pending is not None or (self._current is not None and bool(joined))
 
     def _publish_until_done(self, snapshot: Snapshot) -> None:
+        problem = ""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             with self._changed:
                 engines = self._engines
@@ -199,16 +202,19 @@ class Publisher:
             try:
                 times = self._publish_once(snapshot, engines)
             except (ConnectionLost, RemoteError, WeightGroupError, TimeoutError) as error:
-                log.warning("publishing version %d, attempt %d: %s", snapshot.weights.version, attempt, error)
+                problem = str(error)
+                log.warning("publishing version %d, attempt %d: %s", snapshot.weights.version, attempt, problem)
                 self._leave_group()
                 self._await_change(engines)
                 continue
             with self._changed:
                 self._held = engines
+                self._published = snapshot.weights.version
                 self._times.append(times)
                 self._changed.notify_all()
             return
-        raise PublishError(f"version {snapshot.weights.version} could not be published in {MAX_ATTEMPTS} attempts")
+        version = snapshot.weights.version
+        raise PublishError(f"version {version} could not be published in {MAX_ATTEMPTS} attempts; the last: {problem}")
 
     def _await_change(self, engines: tuple[EngineInfo, ...]) -> None:
         """After a failure: give the hub a moment to notice who died before the same engines are tried again."""
@@ -228,7 +234,8 @@ class Publisher:
         sent = time.monotonic_ns()
         receiving = self._begin_all(engines, lambda e: ReceiveWeights(e.engine_id, snapshot.manifest, weights))
         names = (spec.name for spec in snapshot.manifest.tensors)
-        group.send(zip(names, snapshot.tensors, strict=True))
+        with self._explained_by(receiving):
+            group.send(zip(names, snapshot.tensors, strict=True))
         replies = self._finish_all(receiving)
         received = time.monotonic_ns()
         self._tell_all(engines, lambda e: ResumeEngine(e.engine_id))
@@ -257,7 +264,8 @@ class Publisher:
         for engine in engines:
             joining.append(self._begin(engine, JoinWeightGroup(engine.engine_id, spec, offset)))
             offset += engine.num_ranks
-        self._group = WeightGroup.create(spec, 0)
+        with self._explained_by(joining):
+            self._group = WeightGroup.create(spec, 0)
         del store  # everybody has joined: the group holds the store by itself now
         self._finish_all(joining)
         log.info("weight group %s: %d ranks, engines %s", spec.name, world_size, [e.engine_id for e in engines])
@@ -279,10 +287,21 @@ class Publisher:
 
     def _finish_all(self, calls: Sequence[Future[Message]]) -> list[Message]:
         """Wait for every call, then raise the first error: no call is left running behind a new attempt."""
-        errors = [error for call in calls if (error := call.exception(self._config.timeout_s * 2)) is not None]
-        if errors:
+        if errors := self._errors(calls):
             raise errors[0]
         return [call.result() for call in calls]
+
+    def _errors(self, calls: Sequence[Future[Message]]) -> list[BaseException]:
+        return [error for call in calls if (error := call.exception(self._config.timeout_s * 2)) is not None]
+
+    @contextmanager
+    def _explained_by(self, calls: Sequence[Future[Message]]) -> Iterator[None]:
+        """A collective that fails here says only that somebody is missing; the engines' answers say why."""
+        try:
+            yield
+        except WeightGroupError as error:
+            answers = "; ".join(map(str, self._errors(calls))) or "nothing"
+            raise WeightGroupError(f"{error}; the engines say: {answers}") from error
 
     def _tell_all(self, engines: tuple[EngineInfo, ...], command: Callable[[EngineInfo], EngineCommand]) -> None:
         self._finish_all(self._begin_all(engines, command))

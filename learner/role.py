@@ -42,8 +42,6 @@ from slime_async.transport.codec import DEFAULT_LIMITS
 
 log = logging.getLogger(__name__)
 
-CORRECT = 1.0
-"""A task counts as solved from this reward on; one that gave no result is not solved."""
 INCARNATION = 1
 """Until learners restart from checkpoints, a run has one."""
 CLOSE_TIMEOUT_S = 1.0
@@ -191,19 +189,17 @@ class Learner:
             begun = time.monotonic()
             result = self._client.call(message, wait_s + CALL_TIMEOUT_S)
             assert isinstance(result, EvaluationResult)
-            tasks = len(result.rewards) + result.failed
-            accuracy = sum(reward >= CORRECT for reward in result.rewards) / max(1, tasks)
             self._events.write(
                 "evaluation",
                 name=name,
                 source=source,
-                accuracy=accuracy,
-                tasks=tasks,
+                accuracy=result.accuracy,
+                tasks=result.tasks,
                 failed=result.failed,
                 version=result.versions[-1] if result.versions else -1,
                 seconds=time.monotonic() - begun,
             )
-            log.info("evaluation %s on %s: %.3f over %d tasks", name, source, accuracy, tasks)
+            log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
 
 
 def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:

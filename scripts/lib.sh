@@ -57,6 +57,7 @@ ensure_venv() {
     fi
     install_packages "$extra"
     echo "$wanted" >"$stamp"
+    [[ "$extra" != dev ]] || cp "$stamp" .venv/installed-demo # dev holds all of demo
 }
 
 # install_packages EXTRA: pip's own words go to a log, of which large downloads are shown as they come.

@@ -43,6 +43,8 @@ PROTOCOL_VERSION = 1
 
 Role = Literal["actor", "learner", "observer"]
 Scalar = bool | int | float | str
+SOLVED = 1.0
+"""A task counts as solved from this reward on"""
 Report = dict[str, Scalar]
 """Flat metrics of one role, by documented name; what the live view and the run's metrics are made of."""
 
@@ -241,6 +243,15 @@ class EvaluationResult(Message):
     """Tasks that gave no result"""
     versions: tuple[int, ...]
     """The versions that produced the answers, ascending"""
+
+    @property
+    def tasks(self) -> int:
+        return len(self.rewards) + self.failed
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tasks with a reward of at least ``SOLVED``; one without a result is not solved."""
+        return sum(reward >= SOLVED for reward in self.rewards) / max(1, self.tasks)
 
 
 @dataclass(frozen=True, slots=True)

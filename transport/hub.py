@@ -243,12 +243,7 @@ class Hub:
         trajectory = message.trajectory
         assert isinstance(trajectory, ReceivedTrajectory)
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
-        try:
-            outcome = self._queue.deliver(meta, peer.name, self._clock())
-        except ValueError as refused:  # too large: the attempt has failed, and the actor is told why
-            self._queue.fail(trajectory.key, trajectory.attempt, str(refused), self._clock())
-            self._wake()
-            raise
+        outcome = self._queue.deliver(meta, peer.name, self._clock())
         if outcome == "accepted" and not message.evaluation:
             self._payloads[trajectory.key] = trajectory
         self._wake()

@@ -21,7 +21,8 @@ def in_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
         try:
             result = function()
         except BaseException as error:  # noqa: BLE001 - the border of a thread: the future carries it to whoever waits
-            future.set_exception(error)
+            # without this frame, which knows the future, the two are no cycle: what the error's frames hold can go
+            future.set_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
             future.set_result(result)
 

@@ -19,6 +19,8 @@ the next one. NCCL connects in the first broadcast, gloo while the group is form
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -34,6 +36,9 @@ from slime_async.transport.threads import in_daemon_thread
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+STORE_GRACE_S = 2.0
+"""torch's store counts whole seconds and overruns by one; its own error, which says how many joined, is the better."""
 
 CLOSE_TIMEOUT_S = 5.0
 """How long closing may take before the group's threads are left to die with the process."""
@@ -100,13 +105,15 @@ class WeightGroup:
         if not 0 <= rank < spec.world_size:
             raise ValueError(f"rank {rank} does not exist in weight group {spec.name!r} of {spec.world_size} ranks")
         joining = in_daemon_thread(lambda: _connect(spec, rank), f"join-{spec.name}-{rank}")
-        # store and constructor keep spec.timeout_s each; half as much again bounds both
-        return cls(spec, rank, _outcome(joining, spec, rank, "not everybody joined", 1.5 * spec.timeout_s))
+        waiting_s = spec.timeout_s + STORE_GRACE_S
+        return cls(spec, rank, _outcome(joining, spec, rank, "not everybody joined", waiting_s))
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Rank 0: broadcast the tensors in order, in the dtype and on the device they have; blocks until sent.
 
         On CUDA their contents must be complete on the current stream. ``tensors`` is iterated on another thread.
+        Returning says that this rank's part is done: a receiver further down the tree may have failed, so wait for
+        every engine's acknowledgement before counting on it.
         Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
         """
         if self.rank != 0:
@@ -145,9 +152,16 @@ class WeightGroup:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = timedelta(seconds=self.spec.timeout_s)
-        pending = [(self._process_group.broadcast([tensor], options), tensor) for tensor in tensors]
-        for work, _ in pending:
-            work.wait(options.timeout)
+        sent: list[Tensor] = []
+        works: deque[Any] = deque()
+        try:
+            for tensor in tensors:
+                sent.append(tensor)
+                works.append(self._process_group.broadcast([tensor], options))
+            while works:
+                works.popleft().wait(options.timeout)
+        finally:
+            works.clear()  # held by a traceback, they would keep the group's threads and sockets
 
     def _run(self, collective: Callable[[], None], what: str) -> None:
         if self._process_group is None or self._broken is not None:
@@ -171,15 +185,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _connect(spec: WeightGroupSpec, rank: int) -> Any:
+    """The backend's process group; the store and the group's constructor share ``spec.timeout_s``."""
     timeout = timedelta(seconds=spec.timeout_s)
+    begun = time.monotonic()
     store = TCPStore(
         spec.master_address, spec.master_port, spec.world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
     )
-    store.set_timeout(timeout)
+    left = timedelta(seconds=max(1.0, spec.timeout_s - (time.monotonic() - begun)))
+    store.set_timeout(left)
     device = {"gloo": "cpu", "nccl": "cuda"}[spec.backend]
     prefixed = PrefixStore(f"{device}/", PrefixStore(f"{spec.name}/", PrefixStore(spec.name, store)))
     if spec.backend == "gloo":
-        return dist.ProcessGroupGloo(prefixed, rank, spec.world_size, timeout)
+        return dist.ProcessGroupGloo(prefixed, rank, spec.world_size, left)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
@@ -193,5 +210,7 @@ def _outcome(future: Future[T], spec: WeightGroupSpec, rank: int, what: str, tim
     except TimeoutError as error:
         raise WeightGroupTimeoutError(f"{where} within {timeout_s:g} s") from error
     except RuntimeError as error:  # what torch.distributed raises for stores, sockets and its own deadlines
-        kind = WeightGroupTimeoutError if "timed out" in str(error).lower() or "timeout" in str(error).lower() else None
-        raise (kind or WeightGroupError)(f"{where} ({error})") from error
+        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        raise (WeightGroupTimeoutError if late else WeightGroupError)(f"{where} ({error})") from error
+    finally:
+        del future  # it holds the error, whose traceback holds this frame: a cycle would keep the group alive

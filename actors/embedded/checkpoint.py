@@ -86,8 +86,7 @@ def read_config(directory: Path) -> DecoderConfig:
         rope_scaling=_read_rope_scaling(rope, path),
         max_position_embeddings=raw["max_position_embeddings"],
         tied_head=raw.get("tie_word_embeddings", False),
-        # Qwen2 has these biases whatever its config says; the others say so
-        qkv_bias=raw["model_type"] == "qwen2" or raw.get("attention_bias", False),
+        qkv_bias=raw["model_type"] == "qwen2",  # whatever its config says
         qk_norm=raw["model_type"] == "qwen3",
     )
 

@@ -53,5 +53,6 @@ def _truncate(probs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     k = torch.where(top_k > 0, top_k, vocab)[:, None]
     ranked = ranked.masked_fill(torch.arange(vocab, device=probs.device) >= k, 0)
     before = ranked.cumsum(-1) - ranked
-    keep = (before < top_p[:, None] * ranked.sum(-1, keepdim=True)) & (ranked > 0)
+    within = before < top_p[:, None] * ranked.sum(-1, keepdim=True)
+    keep = within | (top_p >= 1)[:, None]  # rounding must not cost such a row its tail
     return torch.zeros_like(probs).scatter(-1, order, ranked * keep)

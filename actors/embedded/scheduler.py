@@ -29,6 +29,10 @@ NO_TOKEN = -1
 """Fills the stop list of a request that has fewer stop tokens than others"""
 PREFILL_TOKENS = 8192
 """Prompts of equal length are run together up to about this many tokens, which bounds the memory of one prefill."""
+GAP_RATIO = 1.5
+"""Rows computed per running request from which on moving the last one's cache is cheaper than the idle rows."""
+MIN_ROWS = 8
+"""Idle rows not worth a move: so small a batch costs the same with them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +50,10 @@ class Scheduler:
     """Owns the decoder's slots. Everything is called from one thread, under ``torch.inference_mode``."""
 
     def __init__(self, decoder: Decoder, slots: int, weights: WeightId | None, *, fixed_slots: bool) -> None:
-        """With ``fixed_slots`` prompts run alone and every step computes all slots: no result depends on others."""
+        """With ``fixed_slots`` every step computes all slots over the whole context and every prompt by itself.
+
+        A matrix product's last bits depend on how many rows it has; so no request's result depends on its company.
+        """
         self._decoder = decoder
         self._slots = slots
         self._fixed_slots = fixed_slots
@@ -73,6 +80,12 @@ class Scheduler:
         self._top_p = np.ones(slots, dtype=np.float32)
         self._top_k = np.full(slots, -1, dtype=np.int64)
         self._stops = np.full((slots, 1), NO_TOKEN, dtype=np.int64)
+
+    @property
+    def _columns(self) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], ...]:
+        """Everything that a request's slot holds besides its keys and values."""
+        sampling = (self._seed, self._shift, self._temperature, self._top_p, self._top_k, self._stops)
+        return (self._ids, self._logprobs, self._prompt, self._count, self._limit, self._active, *sampling)
 
     @property
     def running(self) -> int:
@@ -133,6 +146,8 @@ class Scheduler:
     def step(self) -> None:
         """Begin what there is room for, then one token for everything that runs."""
         self._admit()
+        if not self._fixed_slots:
+            self._close_gaps()
         if self._running:
             self._decode()
 
@@ -153,6 +168,19 @@ class Scheduler:
                 self._active[request.slot] = True
                 self._open_span(request, 0)
             self._sample(np.array([r.slot for r in requests]), logits)
+
+    def _close_gaps(self) -> None:
+        """Move late stragglers to the front: what a step costs follows the number of requests, not the last slot."""
+        while max(self._running, default=0) + 1 > GAP_RATIO * len(self._running) + MIN_ROWS:
+            source, target = max(self._running), heapq.heappop(self._free)
+            request = self._running.pop(source)
+            self._decoder.move(source, target, self._length(request))
+            for column in self._columns:
+                column[target] = column[source]
+            self._active[source] = False
+            heapq.heappush(self._free, source)
+            request.slot = target
+            self._running[target] = request
 
     def _decode(self) -> None:
         """Rows up to the last running one; rows without a request decode their last token again, unseen."""
@@ -201,7 +229,7 @@ class Scheduler:
         """Groups of equal length, each small enough for one prefill."""
         for n, group in itertools.groupby(sorted(requests, key=lambda r: (length(r), r.slot)), length):
             members = list(group)
-            size = 1 if self._fixed_slots else max(1, PREFILL_TOKENS // max(1, n))
+            size = 1 if self._fixed_slots else max(1, PREFILL_TOKENS // n)
             for i in range(0, len(members), size):
                 yield members[i : i + size]
 

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime_async.learner import feed as feed_module
+from slime_async.learner.feed import HubFeed
+from slime_async.protocol import Batch, Lease, Message, NotReady
+from slime_async.transport.errors import ConnectionLost
+
+INCARNATION = 3
+
+
+class ScriptedHub:
+    """Plays the client: keeps every lease, to be answered by hand or by ``answer`` as soon as it is asked."""
+
+    def __init__(self, answer: Callable[[Lease], Message | Exception | None] = lambda lease: None) -> None:
+        self.leases: list[Lease] = []
+        self.futures: list[Future[Message]] = []
+        self._answer = answer
+
+    def begin(self, message: Message, timeout_s: float) -> Future[Message]:
+        assert isinstance(message, Lease)
+        assert timeout_s > message.wait_s
+        self.leases.append(message)
+        self.futures.append(Future())
+        reply = self._answer(message)
+        if isinstance(reply, Exception):
+            self.futures[-1].set_exception(reply)
+        elif reply is not None:
+            self.futures[-1].set_result(reply)
+        return self.futures[-1]
+
+    @property
+    def versions(self) -> list[int]:
+        return [lease.train_version for lease in self.leases]
+
+
+def make_feed(hub: ScriptedHub, last_version: int = 4, timeout_s: float = 60.0, check: Any = lambda: None) -> HubFeed:
+    return HubFeed(hub, INCARNATION, last_version, timeout_s, check)  # type: ignore[arg-type]
+
+
+def ready(lease: Lease) -> Batch:
+    return Batch(lease.train_version, ())
+
+
+def test_batches_come_in_order_each_asked_for_once() -> None:
+    hub = ScriptedHub(ready)
+    feed = make_feed(hub)
+    assert [feed.next_batch(v).train_version for v in range(4)] == [0, 1, 2, 3]
+    assert hub.versions == [0, 1, 2, 3]
+    assert {lease.incarnation for lease in hub.leases} == {INCARNATION}
+
+
+def test_the_next_batch_is_asked_for_while_this_one_trains_but_none_beyond_the_last() -> None:
+    hub = ScriptedHub(ready)
+    feed = make_feed(hub, last_version=2)
+    feed.next_batch(0)
+    assert hub.versions == [0, 1]
+    feed.next_batch(1)
+    assert hub.versions == [0, 1]
+
+
+def test_a_lease_that_was_not_ready_is_asked_again() -> None:
+    answers: list[Message] = [NotReady("0 of 2 groups"), NotReady("1 of 2 groups"), Batch(0, ())]
+    hub = ScriptedHub(lambda lease: answers.pop(0))
+    assert make_feed(hub, last_version=1).next_batch(0) == Batch(0, ())
+    assert hub.versions == [0, 0, 0]
+
+
+def test_no_batch_in_time_raises_the_hubs_reason() -> None:
+    feed = make_feed(ScriptedHub(lambda lease: NotReady("1 of 2 groups complete")), timeout_s=0.0)
+    with pytest.raises(
+        TimeoutError, match=r"no batch for version 0 .*lease_timeout_s.*hub says: 1 of 2 groups complete"
+    ):
+        feed.next_batch(0)
+
+
+def test_a_lost_connection_is_raised_as_it_is() -> None:
+    feed = make_feed(ScriptedHub(lambda lease: ConnectionLost("the hub fell silent")))
+    with pytest.raises(ConnectionLost, match="fell silent"):
+        feed.next_batch(0)
+
+
+def test_what_fails_elsewhere_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        raise RuntimeError("the publisher failed")
+
+    monkeypatch.setattr(feed_module, "CHECK_INTERVAL_S", 0.01)
+    with pytest.raises(RuntimeError, match="the publisher failed"):
+        make_feed(ScriptedHub(), check=check).next_batch(0)
+
+
+def test_all_ranks_train_the_batch_of_the_first(tmp_path: Path) -> None:
+    job = Path(__file__).parent / "feed_job.py"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(job), str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) == 3
