@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from slime_async.protocol import (
     Deliver,
     ErrorReply,
     Evaluate,
+    GetStatus,
     Granted,
     Heartbeat,
     Hello,
     Message,
     Ok,
+    PauseEngine,
+    Relay,
     Reservation,
 )
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
@@ -262,3 +266,20 @@ def test_keys_and_spans_come_back_as_named_tuples() -> None:
     assert received.key == TrajectoryKey(0, 0)
     assert type(received.spans[0]) is VersionSpan
     assert type(received.spans[0].weights) is WeightId
+
+
+def test_a_changed_copy_of_a_received_trajectory_is_coded_anew() -> None:
+    changed = dataclasses.replace(deliver(make_trajectory(reward=1.0)), reward=0.5)
+    assert deliver(changed).reward == 0.5
+
+
+def test_a_relayed_message_must_be_an_engine_command() -> None:
+    relay = Relay("a", PauseEngine("e", "retract"), 1.0)
+    assert over_the_wire(relay) == relay
+    with pytest.raises(BadMessage, match=r"Relay.message: wants JoinWeightGroup or"):
+        encode(Relay("a", GetStatus(), 1.0))  # type: ignore[arg-type]
+
+
+def test_only_messages_are_sent() -> None:
+    with pytest.raises(BadMessage, match="wants"):
+        encode(make_trajectory())  # type: ignore[arg-type]
