@@ -126,7 +126,7 @@ class Learner:
         self._mail = _Mail()
         hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
         self._client = BlockingClient(hub_address, hello, handler=self._mail.handle)
-        self._mail.engines = self._client.welcome.engines or self._mail.engines
+        self._mail.engines = self._mail.engines or self._client.welcome.engines  # a later word wins
 
     def run(self) -> None:
         try:

@@ -170,7 +170,7 @@ class WeightGroup:
         running = in_daemon_thread(collective, f"{what}-{self.spec.name}-{self.rank}")
         try:
             _outcome(running, self.spec, self.rank, f"{what} did not finish", self.spec.timeout_s)
-        except WeightGroupError as error:
+        except Exception as error:  # an iterator of tensors may raise anything; peers have taken a part by then
             self._broken = str(error)
             self.close()  # wakes the thread that is stuck in the collective, here and at the peers
             raise
