@@ -25,7 +25,7 @@ from slime_async.transport.conversation import Conversation, Traffic
 from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
 from slime_async.transport.security import ClientSecurity, secure_client
 from slime_async.transport.server import NOT_CONNECTED, SILENCE_READ
-from slime_async.transport.stream import Stream, new_socket, set_heartbeats
+from slime_async.transport.stream import Stream, new_socket, set_heartbeats, terminate
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class HubClient:
             except (TimeoutError, ConnectionLost) as error:
                 log.warning("closed without a goodbye to the hub at %s: %s", self.address, error)
         self._end(None, max(0.0, deadline - time.monotonic()) if connected else 0.0)
-        await asyncio.to_thread(self._context.term)
+        await terminate(self._context)
 
     # ---------------------------------------------------------------------------------------------- connection
 

@@ -29,7 +29,7 @@ from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, 
 from slime_async.transport.conversation import Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
-from slime_async.transport.stream import Stream, new_socket, set_heartbeats
+from slime_async.transport.stream import Stream, new_socket, set_heartbeats, terminate
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +192,9 @@ class Server:
             self._stream.close(linger_s)
         if self._doorkeeper is not None:
             self._doorkeeper.close()
-        if self._context is not None:
-            await asyncio.to_thread(self._context.term)
         self._ended.set()
+        if self._context is not None:
+            await terminate(self._context)
 
     # ---------------------------------------------------------------------------------------------- coming in
 

@@ -38,6 +38,11 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limit
     return socket
 
 
+async def terminate(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """End a context whose sockets are closed; goes on to its end when its caller is cancelled meanwhile."""
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, context.term))
+
+
 def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: float) -> None:
     """ZMTP's own heartbeats: they find connections that are dead below us.
 
