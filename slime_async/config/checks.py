@@ -18,6 +18,7 @@ def complaints(config: Config) -> list[str]:
         *_function_paths(config),
         *_lengths(config),
         *_queue(config),
+        *_engines(config),
         *_training(config),
         *_hub(config),
     ]
@@ -91,6 +92,11 @@ def _queue(config: Config) -> Iterator[str]:
             f"batch.groups = {batch.groups} does not divide into learner.optimizer_steps = "
             f"{config.learner.optimizer_steps} minibatches of whole groups: use a multiple"
         )
+
+
+def _engines(config: Config) -> Iterator[str]:
+    if config.actor.engine == "sglang":
+        yield "actor.engine = 'sglang' is not connected in this release: use actor.engine = 'embedded'"
 
 
 def _training(config: Config) -> Iterator[str]:

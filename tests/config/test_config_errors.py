@@ -169,3 +169,8 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     """``right`` over ``left``, table by table."""
     inner = {key: join(left[key], right[key]) for key in left.keys() & right.keys() if isinstance(right[key], dict)}
     return left | right | inner
+
+
+def test_an_engine_that_is_not_connected_yet_is_refused_and_not_replaced_silently(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="actor.engine = 'sglang' is not connected"):
+        load_config(_sound(tmp_path), {("actor", "engine"): "sglang"})
