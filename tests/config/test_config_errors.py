@@ -172,5 +172,5 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_engine_that_is_not_connected_yet_is_refused_and_not_replaced_silently(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="actor.engine = 'sglang' is not connected"):
+    with pytest.raises(ConfigError, match=r"actor\.engine = 'sglang' is not connected"):
         load_config(_sound(tmp_path), {("actor", "engine"): "sglang"})
