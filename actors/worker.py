@@ -22,7 +22,7 @@ from pathlib import Path
 import uvloop
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import PauseMode
+from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.config import Config
 from slime_async.protocol import (
@@ -48,6 +48,7 @@ from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import Trajectory
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import BadMessage, RemoteError
+from slime_async.transport.weight_group import WeightGroupError
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,14 @@ class Worker:
                 if not self._shutdown.done():
                     self._shutdown.set_result(message)
                 return None
+        try:
+            return await self._command(message)
+        except (EngineError, WeightGroupError) as failed:  # the learner's to handle; a dead engine ends its rollouts
+            log.warning("%s failed: %s", type(message).__name__, failed)
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _command(self, message: Message) -> Message:
+        """What the learner asks of the engine."""
         self._check_engine(message)
         match message:
             case PrepareWeights():
@@ -141,7 +150,7 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- rollouts
 
     async def _play_what_is_granted(self, tasks: asyncio.TaskGroup) -> None:
-        """Consumes grants, which may come before the hub's welcome; starts nothing once the role is ending."""
+        """Consumes grants; starts nothing once the role is ending."""
         while True:
             reservation = await self._granted.get()
             tasks.create_task(self._play(reservation), name=f"rollout {reservation.key}")

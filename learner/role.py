@@ -125,7 +125,7 @@ class Learner:
         self._events = EventLog(run_directory / "events.jsonl")
         self._mail = _Mail()
         hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
-        self._client = BlockingClient.connect(hub_address, hello, handler=self._mail.handle)
+        self._client = BlockingClient(hub_address, hello, handler=self._mail.handle)
         self._mail.engines = self._mail.engines or self._client.welcome.engines  # a later word wins
 
     def run(self) -> None:

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,9 +55,14 @@ from slime_async.protocol import (
 from slime_async.queue import Exhausted, LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
 from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.server import Peer, Server
 
 log = logging.getLogger(__name__)
+
+GOODBYE_WAIT_S = 3.0
+"""For actors and learner to leave after they were told to; then the hub goes, and they lose their connection"""
+
 Result = TypeVar("Result")
 
 
@@ -87,6 +93,7 @@ class Hub:
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
+        self._members_changed = asyncio.Event()
         self._finished = asyncio.Event()
         self._finish_reason = ""
         self._failure: BaseException | None = None
@@ -112,11 +119,12 @@ class Hub:
         """Serve until the learner finishes the run. Raises ``LearnerLost`` and whatever a background task died of."""
         serving = asyncio.create_task(self._server.serve(), name="hub server")
         watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
+        telling = asyncio.create_task(self._tell_learner_members(), name="hub members")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
-        running: set[asyncio.Task[Any]] = {serving, watching, finishing}
+        running: set[asyncio.Task[Any]] = {serving, watching, telling, finishing}
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching):
+            for task in (serving, watching, telling):
                 if task.done():
                     await task
             if self._failure is not None:
@@ -124,12 +132,16 @@ class Hub:
         finally:
             failed = self._failure is not None or not finishing.done()
             self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
-            for task in running:
-                task.cancel()
             try:
-                await asyncio.gather(*running, return_exceptions=True)  # what ended the run has been raised above
+                if finishing.done():
+                    await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
-                await self._server.close()
+                for task in running:
+                    task.cancel()
+                try:
+                    await asyncio.gather(*running, return_exceptions=True)  # what ended the run is being raised
+                finally:
+                    await self._server.close()
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -153,27 +165,32 @@ class Hub:
             self._engines() if hello.role == "learner" else (),
         )
         if hello.role == "actor":
-            await self._tell_learner_members()
+            self._members_changed.set()
         return welcome
 
-    async def _on_leave(self, peer: Peer, reason: str) -> None:
+    def _on_leave(self, peer: Peer, reason: str) -> None:
         if peer.name in self._actors:
             del self._actors[peer.name]
             returned = self._queue.lose_actor(peer.name, self._clock())
             log.warning("actor %s left (%s); %d reservations return", peer.name, reason, len(returned))
-            await self._tell_learner_members()
-            self._wake()
+            self._members_changed.set()
         if peer.name == self._learner:
             self._learner = None
             if not self._finished.is_set():
                 self._fail(LearnerLost(f"learner {peer.name} is gone ({reason}) before the run was finished"))
+        self._wake()
 
     def _engines(self) -> tuple[EngineInfo, ...]:
         return tuple(engine for actor in self._actors.values() for engine in actor.engines)
 
     async def _tell_learner_members(self) -> None:
-        if self._learner is not None:
-            await self._server.note(self._learner, Membership(self._engines()))
+        """After every change; a learner that takes no messages hears of the latest once it does."""
+        while True:
+            await self._members_changed.wait()
+            self._members_changed.clear()
+            if self._learner is not None:
+                with suppress(ConnectionLost):  # the next learner gets them with its welcome
+                    await self._server.note(self._learner, Membership(self._engines()))
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
@@ -287,7 +304,7 @@ class Hub:
         """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
         for key in self._queue.take_released():
             self._payloads.pop(key, None)
-        if not self._draining and not self._drained:
+        if not self._draining and not self._drained and not self._finished.is_set():
             self._grant()
         self._changed.set()
         self._changed = asyncio.Event()

@@ -1,63 +1,93 @@
-"""The hub's end of all streams: one ROUTER socket, a ``Peer`` for each connection that said ``Hello``.
+"""The hub's side of the streams: one ROUTER socket, one conversation per welcomed peer.
 
 ::
 
-    socket ──► receive loop ──► calls: a task each, so that a long one blocks no other
-                            └─► notes: in order, in the loop itself
-    each peer: outbox (bounded) ──► its own sender task ──► socket
+    Hello ──► on_join ──► Welcome        a peer by name, until on_leave
+    calls ──► on_call ──► reply          each in a task of its own
+    notes ──► on_note                    but heartbeats, whose report is kept in Peer.report
+    silence, a broken connection, room for nothing, garbage, a goodbye ──► on_leave(peer, why)
 
-A peer whose buffers stay full for the heartbeat timeout is taken for dead; one that is silent for as long, too. Until
-then senders to it wait; senders to others don't notice.
+Nothing is dropped in silence: a message that finds no room waits, and its sender with it; a peer that takes nothing
+for ``heartbeat_timeout_s`` is cut off, counted, and its calls fail. Messages of strangers are answered and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 
 import zmq
-import zmq.asyncio
 
 from slime_async.protocol import ErrorReply, Goodbye, Heartbeat, Hello, Message, Report, Role, Welcome
-from slime_async.transport.calls import PendingCalls, answer, configure, describe, views
-from slime_async.transport.codec import DEFAULT_LIMITS, BadMessage, Envelope, Limits, decode, encode
-from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, encode
+from slime_async.transport.conversation import NOT_CONNECTED, Conversation, Traffic, error_reply
+from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
+from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
+from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, set_heartbeats, terminate
 
 log = logging.getLogger(__name__)
 
-OUTBOX_MESSAGES = 256
-"""Messages to one peer that wait for its socket; a sender waits when there are more."""
-MAX_BAD_MESSAGES = 16
-"""A connection that sent this many bad messages is heard no longer."""
-RETRY_S = 0.002
-"""Pause before a full socket buffer is tried again."""
-LOOPBACK = ("127.", "localhost", "[::1]")
+MAX_STRIKES = 8
+"""Messages that nobody can read, or of strangers, until their sender gets no more answers"""
+MAX_REMEMBERED = 4096
+"""Connections whose strikes are remembered, the latest ones"""
+MAX_HANDLING = 4096
+"""Calls and notes of one peer in progress; one that makes more does not wait for replies"""
+
+_HEARTBEAT = encode(Heartbeat())
 
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """One welcomed connection."""
+    """One connected role. ``report`` is the one of its latest heartbeat."""
 
-    name: str
-    role: Role
+    hello: Hello
     identity: bytes
-    calls: PendingCalls
-    last_heard: float
+    conversation: Conversation = field(repr=False)
     report: Report = field(default_factory=dict)
-    outbox: asyncio.Queue[tuple[Message, int, bool]] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES))
+    joined: bool = False
+    """``on_join`` has been called, and has not refused: ``on_leave`` will be"""
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
+
+    @property
+    def role(self) -> Role:
+        return self.hello.role
 
     @property
     def silent_s(self) -> float:
-        return time.monotonic() - self.last_heard
+        """Since its last message."""
+        return self.conversation.silent_s
+
+
+@dataclass(slots=True)
+class ServerStatistics(Traffic):
+    """``Traffic`` of all peers, and who was turned away."""
+
+    cut_off: int = 0
+    """Peers disconnected because they took no message or sent garbage"""
+    refused: int = 0
+    """Connections without an authorized key"""
 
 
 class Server:
-    """Owns the socket and the peers. ``serve`` runs everything; whatever it raises ended it."""
+    """Listens at ``address`` (port 0 takes a free one; ``address`` then names it, once started).
+
+    ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` may raise ``ValueError``, ``RemoteError``,
+    ``DeadlineExceeded`` or ``ConnectionLost`` to answer with an ``ErrorReply``. Anything else that a handler raises
+    answers its caller and ends ``serve`` with that error. ``on_leave`` is called once for each peer that joined, after
+    it is out of ``peers``; its calls in progress are cancelled. A message must get through within
+    ``heartbeat_timeout_s``, for the heartbeats behind it to count. Raises ``ValueError`` for an address that needs
+    ``security`` or ``insecure``.
+    """
 
     def __init__(
         self,
@@ -66,237 +96,278 @@ class Server:
         on_call: Callable[[Peer, Message], Awaitable[Message]],
         on_note: Callable[[Peer, Message], Awaitable[None]],
         on_join: Callable[[Peer, Hello], Awaitable[Welcome]],
-        on_leave: Callable[[Peer, str], Coroutine[Any, Any, None]],
+        on_leave: Callable[[Peer, str], None],
         heartbeat_interval_s: float = 1.0,
         heartbeat_timeout_s: float = 10.0,
+        security: ServerSecurity | None = None,
         insecure: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """``on_join`` refuses a peer, and ``on_note`` a note, by raising ``ValueError``, whose text the peer reads.
-
-        Raises ``ValueError`` for an address beyond loopback that is not marked ``insecure``.
-        """
-        host = address.removeprefix("tcp://")
-        if not insecure and not host.startswith(LOOPBACK):
-            raise ValueError(
-                f"hub.address = {address!r} is reachable from other machines, without authentication: use "
-                "tcp://127.0.0.1:PORT, or set hub.insecure = true on a network where everybody is trusted"
-            )
+        check_address(address, insecure or security is not None)
         self.address = address
-        self.peers: dict[str, Peer] = {}
-        self.counters: Counter[str] = Counter()
-        self._on_call, self._on_note = on_call, on_note
-        self._on_join, self._on_leave = on_join, on_leave
+        self._on_call, self._on_note, self._on_join, self._on_leave = on_call, on_note, on_join, on_leave
         self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
+        self._security = security
         self._limits = limits
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._doorkeeper: Doorkeeper | None = None
+        self._stream: Stream | None = None
+        self._heart: asyncio.Task[None] | None = None
         self._by_identity: dict[bytes, Peer] = {}
-        self._bad: Counter[bytes] = Counter()
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        configure(self._socket, limits.frame_bytes)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._tasks: asyncio.TaskGroup | None = None
-        self._senders: dict[str, asyncio.Task[None]] = {}
+        self._by_name: dict[str, Peer] = {}
+        self._strikes: OrderedDict[bytes, int] = OrderedDict()
+        self._statistics = ServerStatistics()
+        self._ended = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """Who is connected, by name."""
+        return MappingProxyType(self._by_name)
+
+    def statistics(self) -> ServerStatistics:
+        """A snapshot."""
+        refused = self._doorkeeper.refused if self._doorkeeper else 0
+        return ServerStatistics(**{**asdict(self._statistics), "refused": refused})
 
     async def start(self) -> None:
-        """Bind. Raises ``ValueError`` when the address cannot be had."""
+        """Listen. Raises ``OSError`` when the address is taken, ``ValueError`` for a bad list of authorized keys."""
+        if self._security is not None:
+            authorized(self._security.authorized_keys)  # an error now, not at the first connection
+        self._context = zmq.Context()
+        socket = new_socket(self._context, zmq.ROUTER, self._limits)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        set_heartbeats(socket, self._interval_s, self._timeout_s)
+        if self._security is not None:
+            self._doorkeeper = Doorkeeper(self._context, self._security, self._fail)
+            self._doorkeeper.secure_server(socket)
         try:
-            self._socket.bind(self.address)
+            socket.setsockopt(zmq.IPV6, "[" in self.address)
+            socket.bind(self.address)
         except zmq.ZMQError as error:
-            self._socket.close()
-            raise ValueError(f"hub.address = {self.address!r} cannot be bound: {error}") from error
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            if self._doorkeeper is not None:
+                self._doorkeeper.close()
+            socket.close()
+            self._context.term()
+            raise OSError(error.errno, f"cannot listen at {self.address}: {error}") from error
+        self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._stream = Stream(socket, self._receive, self._flush, self._fail)
+        self._heart = asyncio.create_task(self._beat())
+        self._heart.add_done_callback(self._heart_stopped)
 
     async def serve(self) -> None:
-        """Until cancelled. A handler that raises what is no refusal has a bug, and ends this."""
-        async with asyncio.TaskGroup() as self._tasks:
-            self._tasks.create_task(self._receive(), name="receive")
-            self._tasks.create_task(self._watch(), name="heartbeats")
+        """Runs until ``close``, or raises the error of the handler or task that died."""
+        await self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
 
-    async def close(self) -> None:
-        """Hand what is in the outboxes to the socket, which sends it within its linger time."""
-        for peer in list(self.peers.values()):
-            sender = self._senders.pop(peer.name, None)
-            if sender is not None:
-                sender.cancel()
-            peer.calls.fail(ConnectionLost("the hub is closing"))
-            while not peer.outbox.empty():
-                message, call_id, reply = peer.outbox.get_nowait()
-                try:
-                    await self._socket.send_multipart(
-                        [peer.identity, *encode(message, call_id=call_id, reply=reply)], zmq.NOBLOCK, copy=False
-                    )
-                except zmq.ZMQError as error:
-                    log.warning("%s to %s is lost at closing: %s", type(message).__name__, peer.name, error)
-                    break
-        self.peers.clear()
-        self._socket.close()
+    async def call(self, peer_name: str, message: Message, timeout_s: float) -> Message:
+        """The peer's reply. Raises ``RemoteError``, ``DeadlineExceeded`` or ``ConnectionLost``."""
+        return await self._peer(peer_name).conversation.call(message, timeout_s)
 
-    # ------------------------------------------------------------------------------------------------- sending
+    async def note(self, peer_name: str, message: Message) -> None:
+        """Returns once the message is on its way; waits while the peer takes none. Raises ``ConnectionLost``."""
+        await self._peer(peer_name).conversation.note(message)
 
-    async def call(self, name: str, message: Message, timeout_s: float) -> Message:
-        """Ask a peer. Raises ``ConnectionLost`` when there is none of that name, or when it leaves meanwhile."""
-        peer = self._peer(name)
-        return await peer.calls.call(lambda m, i, r: peer.outbox.put((m, i, r)), message, timeout_s)
+    def note_nowait(self, peer_name: str, message: Message) -> bool:
+        """As ``note``, without waiting. False when the peer is gone or too much waits for it: nothing is sent then."""
+        peer = self._by_name.get(peer_name)
+        return peer is not None and peer.conversation.note_nowait(message)
 
-    async def note(self, name: str, message: Message) -> None:
-        """Tell a peer, waiting while its outbox is full; one that has just left is not told."""
-        if (peer := self.peers.get(name)) is not None:
-            await peer.outbox.put((message, 0, False))
+    async def close(self, linger_s: float = 1.0) -> None:
+        """Stop listening; what ZeroMQ holds unsent is given up after ``linger_s``. Idempotent."""
+        if self._heart is not None:
+            self._heart.remove_done_callback(self._heart_stopped)
+            self._heart.cancel()
+            self._heart = None
+        for peer in list(self._by_identity.values()):
+            peer.conversation.close(ConnectionLost(f"the hub closed its connection to {peer.name}"))
+        self._by_identity.clear()
+        self._by_name.clear()
+        if self._stream is not None:
+            self._stream.close(linger_s)
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._ended.set()
+        if self._context is not None:
+            await terminate(self._context)
 
-    def note_nowait(self, name: str, message: Message) -> bool:
-        """As ``note``, without waiting: False when the outbox is full or the peer gone, and nothing is sent."""
-        peer = self.peers.get(name)
-        if peer is None or peer.outbox.full():
-            return False
-        peer.outbox.put_nowait((message, 0, False))
-        return True
+    # ---------------------------------------------------------------------------------------------- coming in
 
-    def _peer(self, name: str) -> Peer:
-        peer = self.peers.get(name)
+    def _receive(self, frames: list[memoryview]) -> None:
+        identity = bytes(frames[0])
+        peer = self._by_identity.get(identity)
         if peer is None:
-            raise ConnectionLost(f"nobody called {name} is connected")
-        return peer
+            self._meet(identity, frames[1:])
+            return
+        peer.conversation.receive(frames[1:])
+        if peer.conversation.handling > MAX_HANDLING:
+            self._cut_off(peer, f"has more than {MAX_HANDLING} calls and notes in progress")
 
-    async def _send_outbox(self, peer: Peer) -> None:
-        while True:
-            message, call_id, reply = await peer.outbox.get()
-            if not await self._transmit(peer.identity, message, call_id, reply):
-                self._drop(peer, "its connection is gone, or its buffers stayed full")
-                return
-
-    async def _tell(self, identity: bytes, message: Message, call_id: int) -> None:
-        """Answer somebody who may be no peer; whether it arrives is nobody's concern here."""
-        await self._transmit(identity, message, call_id, bool(call_id))
-
-    async def _transmit(self, identity: bytes, message: Message, call_id: int, reply: bool) -> bool:
-        """False when the peer cannot be reached, or takes nothing for the heartbeat timeout."""
-        frames = [identity, *encode(message, call_id=call_id, reply=reply, limits=self._limits)]
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                await self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                self.counters["full_buffers"] += 1
-                if time.monotonic() > deadline:
-                    return False
-                await asyncio.sleep(RETRY_S)
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                return False
-            else:
-                return True
-
-    # ----------------------------------------------------------------------------------------------- receiving
-
-    async def _receive(self) -> None:
-        while True:
-            identity_frame, *rest = await self._socket.recv_multipart(copy=False)
-            identity = identity_frame.bytes
-            if self._bad[identity] >= MAX_BAD_MESSAGES:
-                self.counters["ignored_messages"] += 1
-                continue
-            try:
-                envelope = decode(views(rest), self._limits)
-            except BadMessage as bad:
-                await self._refuse(identity, bad)
-                continue
-            peer = self._by_identity.get(identity)
-            if peer is None:
-                self._spawn(self._welcome(identity, envelope), "welcome")
-                continue
-            peer.last_heard = time.monotonic()
-            await self._dispatch(peer, envelope)
-
-    async def _dispatch(self, peer: Peer, envelope: Envelope) -> None:
-        message, call_id, reply = envelope
-        if reply:
-            peer.calls.resolve(call_id, message)
-        elif call_id:
-            self._spawn(self._answer(peer, message, call_id), f"{type(message).__name__} of {peer.name}")
-        elif isinstance(message, Heartbeat):
-            if message.report:
-                peer.report = message.report
-        elif isinstance(message, Goodbye):
-            self._drop(peer, "it said goodbye")
-        elif isinstance(message, ErrorReply):
-            log.warning("%s could not read a message of ours: %s", peer.name, message.message)
-        else:
-            try:
-                await self._on_note(peer, message)
-            except ValueError as error:
-                await self._refuse(peer.identity, BadMessage(str(error)))
-
-    async def _answer(self, peer: Peer, message: Message, call_id: int) -> None:
-        reply = await answer(self._on_call(peer, message), f"{type(message).__name__} of {peer.name}")
-        if self.peers.get(peer.name) is peer:
-            await peer.outbox.put((reply, call_id, True))
-
-    async def _welcome(self, identity: bytes, envelope: Envelope) -> None:
-        """The first message of a connection; anything but a proper Hello is refused, and can be tried again."""
+    def _meet(self, identity: bytes, frames: Sequence[Buffer]) -> None:
+        """The first message of a connection: a ``Hello``, or something to refuse."""
+        if self._strikes.get(identity, 0) >= MAX_STRIKES:
+            self._statistics.ignored += 1
+            return
+        self._statistics.messages_in += 1
+        try:
+            envelope = decode(frames, self._limits)
+        except BadMessage as bad:
+            self._statistics.bad += 1
+            self._strike(identity)
+            self._tell(identity, bad, bad.call_id)
+            return
         hello = envelope.message
-        reply: Message
-        if not isinstance(hello, Hello) or not envelope.call_id:
-            reply = ErrorReply("ConnectionLost", f"say Hello before {type(hello).__name__}: this hub does not know you")
-        elif identity in self._by_identity:
-            reply = ErrorReply("ValueError", f"this connection said Hello as {self._by_identity[identity].name} before")
-        elif hello.name in self.peers:
-            reply = ErrorReply(
-                "ValueError", f"a {self.peers[hello.name].role} called {hello.name} is connected already"
-            )
+        if not isinstance(hello, Hello) or envelope.reply or not envelope.call_id:
+            self._statistics.ignored += 1
+            self._strike(identity)
+            text = f"the hub does not know who sent this {type(hello).__name__}: say Hello first"
+            self._tell(identity, RemoteError(NOT_CONNECTED, text), 0)
+            return
+        other = self._by_name.get(hello.name)
+        if other is not None and self._is_alive(other):
+            text = f"a peer named {hello.name!r} is connected: names are unique among the living"
+            self._tell(identity, ValueError(text), envelope.call_id)
+            return
+        peer = Peer(hello, identity, self._converse(identity, hello))
+        self._by_identity[identity] = self._by_name[hello.name] = peer
+        peer.conversation.take(envelope)
+
+    def _converse(self, identity: bytes, hello: Hello) -> Conversation:
+        return Conversation(
+            f"{hello.role} {hello.name}",
+            partial(self._send, identity),
+            on_call=lambda message: self._called(self._by_identity[identity], message),
+            on_note=lambda message: self._noted(self._by_identity[identity], message),
+            on_bug=self._fail,
+            on_bad=lambda bad: self._bad(identity, bad),
+            limits=self._limits,
+            traffic=self._statistics,
+        )
+
+    async def _called(self, peer: Peer, message: Message) -> Message:
+        if not isinstance(message, Hello):
+            return await self._on_call(peer, message)
+        if message is not peer.hello:
+            raise ValueError(f"{peer.name} said Hello twice: once per connection")
+        peer.joined = True
+        try:
+            welcome = await self._on_join(peer, message)
+        except ValueError:
+            peer.joined = False
+            self._forget(peer)
+            raise
+        return replace(welcome, heartbeat_interval_s=self._interval_s, heartbeat_timeout_s=self._timeout_s)
+
+    async def _noted(self, peer: Peer, message: Message) -> None:
+        if isinstance(message, Goodbye):
+            self._leave(peer, "it said goodbye")
+        elif isinstance(message, Heartbeat):
+            peer.report = message.report
+        elif isinstance(message, ErrorReply):
+            log.warning("%s could not take a message of the hub's: %s: %s", peer.name, message.code, message.message)
         else:
-            peer = Peer(hello.name, hello.role, identity, PendingCalls(hello.name), time.monotonic())
-            self.peers[peer.name] = self._by_identity[identity] = peer
-            reply = await answer(self._on_join(peer, hello), f"Hello of {hello.name}")
-            if isinstance(reply, ErrorReply):
-                del self.peers[peer.name], self._by_identity[identity]
-            else:
-                peer.outbox.put_nowait((reply, envelope.call_id, True))
-                self._senders[peer.name] = self._spawn(self._send_outbox(peer), f"sender to {peer.name}")
-                return
-        await self._tell(identity, reply, envelope.call_id)
+            await self._on_note(peer, message)
 
-    async def _refuse(self, identity: bytes, bad: BadMessage) -> None:
-        self.counters["bad_messages"] += 1
-        self._bad[identity] += 1
-        if self._bad[identity] == MAX_BAD_MESSAGES:
-            log.warning("a connection sent %d bad messages and is heard no longer; the last: %s", MAX_BAD_MESSAGES, bad)
-            self.counters["connections_cut"] += 1
-            if (peer := self._by_identity.get(identity)) is not None:
-                self._drop(peer, "it sent too many bad messages")
-        if not bad.reply:
-            self._spawn(self._tell(identity, describe(bad), bad.call_id), "refusal")
+    # ---------------------------------------------------------------------------------------------- going out
 
-    # ----------------------------------------------------------------------------------------------- life and death
+    def _send(self, identity: bytes, frames: Sequence[Buffer]) -> bool:
+        assert self._stream is not None
+        try:
+            return self._stream.try_send([identity, *frames])
+        except ConnectionLost as lost:
+            peer = self._by_identity.get(identity)
+            if peer is not None:
+                asyncio.get_running_loop().call_soon(self._leave, peer, str(lost))
+            raise
 
-    async def _watch(self) -> None:
-        """Beat to every peer, and take the silent for dead."""
+    def _flush(self) -> None:
+        """There may be room again: let each peer's waiting messages go on."""
+        for peer in [p for p in self._by_identity.values() if len(p.conversation.outbox)]:
+            with suppress(ConnectionLost):  # _send has seen to it
+                peer.conversation.outbox.flush()
+
+    def _tell(self, identity: bytes, error: Exception, call_id: int) -> None:
+        """An ``ErrorReply`` to someone who is no peer, if there is room for it now."""
+        assert self._stream is not None
+        frames = encode(error_reply(error), call_id=call_id, reply=call_id != 0)
+        with suppress(ConnectionLost):  # gone already, and nobody waits for it
+            self._stream.try_send([identity, *frames])
+
+    async def _beat(self) -> None:
+        """Each interval: a heartbeat to every peer; those that are silent, stuck or gone leave."""
+        assert self._stream is not None
         while True:
             await asyncio.sleep(self._interval_s)
-            for peer in list(self.peers.values()):
-                if peer.silent_s > self._timeout_s:
-                    self._drop(peer, f"silent for {peer.silent_s:.1f} s")
-                elif not peer.outbox.full():
-                    peer.outbox.put_nowait((Heartbeat(), 0, False))
+            for peer in list(self._by_identity.values()):
+                talk = peer.conversation
+                if talk.silent_s > self._timeout_s:
+                    self._stream.read(SILENCE_READ)  # if it was this loop that slept, its messages are here
+                if talk.silent_s > self._timeout_s:
+                    self._leave(peer, f"silent for {talk.silent_s:.1f} s, the limit is {self._timeout_s:g} s")
+                elif talk.outbox.blocked_s() > self._timeout_s:
+                    self._cut_off(peer, f"took no message for {talk.outbox.blocked_s():.1f} s")
+                else:
+                    self._is_alive(peer)
 
-    def _drop(self, peer: Peer, reason: str) -> None:
-        if self.peers.get(peer.name) is not peer:
-            return
-        del self.peers[peer.name], self._by_identity[peer.identity]
-        self.counters["peers_lost"] += 1
-        peer.calls.fail(ConnectionLost(f"{peer.role} {peer.name} is gone: {reason}"))
-        sender = self._senders.pop(peer.name, None)
-        if sender is not None and sender is not asyncio.current_task():
-            sender.cancel()
-        self._spawn(self._discard(peer), f"what {peer.name} does not hear")
-        self._spawn(self._on_leave(peer, reason), f"{peer.name} leaves")
+    def _is_alive(self, peer: Peer) -> bool:
+        """Send a heartbeat. One whose connection broke leaves at once."""
+        try:
+            if not len(peer.conversation.outbox):
+                self._send(peer.identity, _HEARTBEAT)
+        except ConnectionLost as lost:
+            self._leave(peer, str(lost))
+            return False
+        return True
 
-    async def _discard(self, peer: Peer) -> None:
-        """Free whoever waits for room in the outbox: every message taken lets one waiting sender go on."""
-        while not peer.outbox.empty():
-            peer.outbox.get_nowait()
-            await asyncio.sleep(0)
+    # ---------------------------------------------------------------------------------------------- ends
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        assert self._tasks is not None
-        return self._tasks.create_task(work, name=name)
+    def _peer(self, name: str) -> Peer:
+        peer = self._by_name.get(name)
+        if peer is None:
+            raise ConnectionLost(f"no peer named {name!r} is connected")
+        return peer
+
+    def _forget(self, peer: Peer) -> None:
+        self._by_identity.pop(peer.identity, None)
+        if self._by_name.get(peer.name) is peer:
+            del self._by_name[peer.name]
+
+    def _leave(self, peer: Peer, reason: str) -> None:
+        if self._by_identity.get(peer.identity) is peer:
+            self._forget(peer)
+            peer.conversation.close(ConnectionLost(f"{peer.conversation.other} left: {reason}"))
+            if peer.joined:
+                try:
+                    self._on_leave(peer, reason)
+                except Exception as error:
+                    self._fail(error)
+                    raise
+
+    def _cut_off(self, peer: Peer, reason: str) -> None:
+        """Disconnect a peer for what it does: it is told if it listens, and its messages count as ignored."""
+        if self._by_identity.get(peer.identity) is peer:
+            self._statistics.cut_off += 1
+            self._strike(peer.identity, MAX_STRIKES)
+            self._tell(peer.identity, RemoteError(NOT_CONNECTED, f"cut off by the hub: {reason}"), 0)
+            self._leave(peer, f"cut off: {reason}")
+
+    def _bad(self, identity: bytes, bad: BadMessage) -> None:
+        self._strike(identity)
+        peer = self._by_identity.get(identity)
+        if peer is not None and self._strikes[identity] >= MAX_STRIKES:
+            self._cut_off(peer, f"sent {MAX_STRIKES} messages that break the rules, the last: {bad}")
+
+    def _strike(self, identity: bytes, count: int = 1) -> None:
+        self._strikes[identity] = self._strikes.pop(identity, 0) + count
+        if len(self._strikes) > MAX_REMEMBERED:
+            self._strikes.popitem(last=False)
+
+    def _heart_stopped(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A handler or task of ours died: ``serve`` raises the first such error."""
+        self._failure = self._failure or error
+        self._ended.set()

@@ -6,7 +6,7 @@ import os
 
 from slime_async.cli.progress import watch
 from slime_async.config import Config
-from slime_async.protocol import GetStatus, Hello, Message, RunStatus
+from slime_async.protocol import GetStatus, Hello, Message, RunStatus, Shutdown
 
 CALL_TIMEOUT_S = 10.0
 
@@ -16,11 +16,15 @@ async def observe(config: Config, address: str) -> None:
     from slime_async.transport.client import HubClient
     from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
 
-    async def ignore(_message: Message) -> None:
-        """Shutdown notes: the processes' exits tell more."""
+    over = False
+
+    async def take(message: Message) -> None:
+        """Why the run ends, the processes' exits tell; here it makes the hub's going expected."""
+        nonlocal over
+        over = over or isinstance(message, Shutdown)
 
     try:
-        client = await HubClient.connect(address, Hello("observer", f"launcher-{os.getpid()}"), handler=ignore)
+        client = await HubClient.connect(address, Hello("observer", f"launcher-{os.getpid()}"), handler=take)
     except ConnectionLost as error:
         print(f"no progress view: {error}", flush=True)
         return
@@ -33,7 +37,8 @@ async def observe(config: Config, address: str) -> None:
     try:
         await watch(status, _show, config.staleness.max_staleness, config.run.log_interval_s)
     except (ConnectionLost, DeadlineExceeded, RemoteError) as error:
-        print(f"no progress view any more: {error}", flush=True)
+        if not over:
+            print(f"no progress view any more: {error}", flush=True)
     finally:
         await client.close()
 

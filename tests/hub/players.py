@@ -99,8 +99,7 @@ class Player:
 
     async def vanish(self) -> None:
         """Die without a goodbye, as a killed process does."""
-        self.client._closed.set_result(None)
-        await self.client.close()
+        self.client._end(ConnectionLost(f"{self.name} was killed"))
 
 
 class Actor(Player):

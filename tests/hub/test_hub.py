@@ -275,12 +275,14 @@ def test_the_learners_death_ends_the_run_and_tells_everyone() -> None:
         async with stage(make_config(heartbeat_timeout_s=0.4)) as hub:
             actor, learner = await begin(hub)
             await learner.vanish()
-            with pytest.raises(LearnerLost, match=r"learner learner is gone \(.*\) before the run was finished"):
-                await hub.running
             shutdown = await actor.hears(Shutdown)
             assert isinstance(shutdown, Shutdown)
             assert shutdown.failed
             assert "learner learner is gone" in shutdown.reason
+            assert not hub.running.done()  # until those who were told have left
+            await actor.client.close()
+            with pytest.raises(LearnerLost, match=r"learner learner is gone \(.*\) before the run was finished"):
+                await hub.running
 
     run(test())
 
@@ -290,20 +292,23 @@ def test_finish_ends_the_run_well_and_tells_everyone() -> None:
         async with stage(make_config()) as hub:
             actor, learner = await begin(hub)
             assert await learner.call(Finish("all steps done")) == Ok()
-            await hub.running
             assert await actor.hears(Shutdown) == Shutdown("all steps done", failed=False)
+            await actor.client.close()
+            await learner.client.close()
+            await hub.running
 
     run(test())
 
 
-def test_a_peer_that_takes_no_messages_does_not_keep_the_hub_from_ending() -> None:
+def test_a_peer_that_takes_no_messages_does_not_keep_the_hub_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slime_async.transport.hub.GOODBYE_WAIT_S", 0.1)
+
     async def test() -> None:
         async with stage(make_config()) as hub:
             stuck, learner = await begin(hub)
-            outbox = hub.hub._server.peers["a"].outbox
-            hub.hub._server._senders["a"].cancel()
-            while not outbox.full():
-                outbox.put_nowait((Granted(()), 0, False))
+            hub.hub._server.peers["a"].conversation.outbox._send = lambda _: False
+            while hub.hub._server.note_nowait("a", Granted(())):
+                pass
             assert await learner.call(Finish("done")) == Ok()
             await hub.running
             assert stuck.name == "a"
@@ -393,7 +398,7 @@ def test_commands_reach_the_actor_of_the_engine_and_its_reply_comes_back() -> No
             pause = PauseEngine("a/engine", "in_place")
             assert await learner.call(Relay("a", pause, WAIT_S)) == Ok()
             assert await actor.hears(PauseEngine) == pause
-            with pytest.raises(RemoteError, match="ConnectionLost: nobody called b is connected"):
+            with pytest.raises(RemoteError, match="ConnectionLost: no peer named 'b' is connected"):
                 await learner.call(Relay("b", pause, WAIT_S))
 
     run(test())

@@ -96,7 +96,7 @@ class Learner:
         self.publisher: Publisher | None = None
         self.membership: Membership | None = None
         hello = Hello("learner", "learner", incarnation=1)
-        self.client = BlockingClient.connect(hub.address, hello, handler=self._handle)
+        self.client = BlockingClient(hub.address, hello, handler=self._handle)
         self._recorder = SpanRecorder(spans, "learner")
         self.publisher = Publisher(self.client, weights, "gloo", self._recorder)
         self.publisher.set_engines(self.membership.engines if self.membership else self.client.welcome.engines)

@@ -28,7 +28,8 @@ from slime_async.protocol import (
 )
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
-from slime_async.transport.weight_group import WeightGroup
+from slime_async.transport.errors import RemoteError
+from slime_async.transport.weight_group import WeightGroup, WeightGroupError
 from tests.transport.examples import make_trajectory
 
 IN_FLIGHT = 3
@@ -76,6 +77,13 @@ class WeightEngine:
                 for reservation in message.reservations:
                     self._deliveries.add(asyncio.create_task(self._deliver(reservation)))
                 return None
+        try:
+            return await self._command(message)
+        except WeightGroupError as failed:
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _command(self, message: Message) -> Message:
+        match message:
             case JoinWeightGroup():
                 if self._group is not None:
                     await asyncio.to_thread(self._group.close)

@@ -1,0 +1,289 @@
+"""Calls and notes with one other side, either way: what client and server have in common.
+
+Each call that comes in runs in a task of its own, started in the order of arrival, so a call that waits long blocks
+nobody. Each call that goes out has a deadline; when the other side leaves, all of them fail at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime_async.protocol import ErrorReply, Message
+from slime_async.transport.codec import Buffer, Envelope, Limits, decode, encode
+from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
+from slime_async.transport.stream import Outbox
+
+NOT_CONNECTED = "NotConnected"
+"""Code of the ``ErrorReply`` to whoever was not welcomed, or is no longer"""
+ERROR_TEXT_CHARACTERS = 4000
+"""Longer error texts are cut"""
+
+MAX_UNATTENDED = 256
+"""Notes that may wait for room with nobody waiting for them"""
+
+ANSWERABLE = (ValueError, RemoteError, DeadlineExceeded, ConnectionLost)
+"""What a handler may raise to answer its caller with an ``ErrorReply``; anything else is a bug of the handler's"""
+
+
+def error_reply(error: BaseException) -> ErrorReply:
+    """The reply that says ``error`` to the caller; an error of a third side keeps its own code."""
+    code, text = (error.code, error.message) if isinstance(error, RemoteError) else (type(error).__name__, str(error))
+    text = text.encode(errors="replace").decode()  # lone surrogates, of file names say, are no UTF-8
+    return ErrorReply(code, text[:ERROR_TEXT_CHARACTERS])
+
+
+@dataclass(slots=True)
+class _Call:
+    frames: Sequence[Buffer]
+    reply: asyncio.Future[Message]
+    retry: bool
+    sending: asyncio.Future[None] | None = None
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counters of one side, for its statistics."""
+
+    messages_in: int = 0
+    messages_out: int = 0
+    blocked: int = 0
+    """Messages that had to wait for room, each counted once"""
+    bad: int = 0
+    """Messages that broke the rules of the wire"""
+    late: int = 0
+    """Replies that came after their call had ended"""
+    ignored: int = 0
+    """Messages of senders that were cut off, or never welcomed"""
+
+
+class Conversation:
+    """One side of one connection.
+
+    ``on_call`` and ``on_note`` handle what comes in; ``on_bug`` gets what they raise beyond ``ANSWERABLE``; ``on_bad``
+    gets every message that cannot be understood, after its sender was told. While ``holding``, replies are taken but
+    calls and notes wait for ``release``.
+    """
+
+    def __init__(
+        self,
+        other: str,
+        send: Callable[[Sequence[Buffer]], bool],
+        *,
+        on_call: Callable[[Message], Awaitable[Message]],
+        on_note: Callable[[Message], Awaitable[None]],
+        on_bug: Callable[[BaseException], None],
+        on_bad: Callable[[BadMessage], None],
+        limits: Limits,
+        traffic: Traffic,
+        holding: bool = False,
+    ) -> None:
+        self.other = other
+        self.outbox = Outbox(send)
+        self.heard_at = time.monotonic()
+        self.suspended = False
+        self.holding = holding
+        self._held: list[Envelope] = []
+        self._on_call, self._on_note, self._on_bug, self._on_bad = on_call, on_note, on_bug, on_bad
+        self._limits = limits
+        self._traffic = traffic
+        self._ids = itertools.count(1)
+        self._calls: dict[int, _Call] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed: Exception | None = None
+
+    @property
+    def silent_s(self) -> float:
+        """Since the last message came."""
+        return time.monotonic() - self.heard_at
+
+    @property
+    def handling(self) -> int:
+        """Calls and notes that came and are not done."""
+        return len(self._tasks)
+
+    # ---------------------------------------------------------------------------------------------- going out
+
+    async def call(self, message: Message, timeout_s: float, *, retry: bool = False, first: bool = False) -> Message:
+        """The reply. Raises ``RemoteError``, ``DeadlineExceeded``, ``ConnectionLost``; ``BadMessage`` if unsendable.
+
+        While suspended, calls wait (``first`` ones go through) and those with ``retry`` survive.
+        """
+        self._check_open()
+        call_id = next(self._ids)
+        frames = encode(message, call_id=call_id, limits=self._limits)
+        loop = asyncio.get_running_loop()
+        call = _Call(frames, loop.create_future(), retry)
+        self._calls[call_id] = call
+        timer = loop.call_later(timeout_s, self._expire, call, type(message).__name__, timeout_s)
+        try:
+            if first or not self.suspended:
+                call.sending = self._put(frames)
+            return await call.reply
+        finally:
+            timer.cancel()
+            self._calls.pop(call_id, None)
+            if call.sending is not None:
+                call.sending.cancel()
+
+    async def note(self, message: Message) -> None:
+        """Returns once the message is on its way. Raises ``ConnectionLost`` and, if unsendable, ``BadMessage``."""
+        self._check_open()
+        if self.suspended:
+            raise ConnectionLost(f"{self.other} is not connected now")
+        await self._post(encode(message, limits=self._limits))
+
+    def note_nowait(self, message: Message) -> bool:
+        """Whether the note is on its way, or waits for room by itself. Raises ``BadMessage`` if unsendable."""
+        if self._closed is not None or self.suspended or len(self.outbox) >= MAX_UNATTENDED:
+            return False
+        try:
+            self._put(encode(message, limits=self._limits))
+        except ConnectionLost:
+            return False
+        return True
+
+    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
+        sending = self.outbox.put(frames)
+        self._traffic.messages_out += 1
+        self._traffic.blocked += sending is not None
+        return sending
+
+    async def _post(self, frames: Sequence[Buffer]) -> None:
+        sending = self._put(frames)
+        if sending is not None:
+            await sending
+
+    def _expire(self, call: _Call, name: str, timeout_s: float) -> None:
+        if not call.reply.done():
+            call.reply.set_exception(DeadlineExceeded(f"{self.other} did not answer {name} within {timeout_s:g} s"))
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise ConnectionLost(str(self._closed)) from self._closed
+
+    # ---------------------------------------------------------------------------------------------- coming in
+
+    def receive(self, frames: Sequence[Buffer]) -> None:
+        """Take one message."""
+        self.heard_at = time.monotonic()
+        self._traffic.messages_in += 1
+        try:
+            envelope = decode(frames, self._limits)
+        except BadMessage as bad:
+            self._refuse(bad)
+        else:
+            self.take(envelope)
+
+    def take(self, envelope: Envelope) -> None:
+        if envelope.reply:
+            message = envelope.message
+            self._settle(
+                envelope.call_id,
+                RemoteError(message.code, message.message) if isinstance(message, ErrorReply) else message,
+            )
+        elif self.holding:
+            self._held.append(envelope)
+        elif envelope.call_id:
+            self._spawn(self._answer(envelope.message, envelope.call_id), envelope.call_id)
+        else:
+            self._spawn(self._on_note_safely(envelope.message), 0)
+
+    def _settle(self, call_id: int, outcome: Message | Exception) -> None:
+        call = self._calls.get(call_id)
+        if call is None or call.reply.done():
+            self._traffic.late += 1
+        elif isinstance(outcome, Exception):
+            call.reply.set_exception(outcome)
+        else:
+            call.reply.set_result(outcome)
+
+    def _refuse(self, bad: BadMessage) -> None:
+        self._traffic.bad += 1
+        if bad.reply:
+            self._settle(bad.call_id, bad)
+        else:
+            self._spawn(self._reply(error_reply(bad), bad.call_id), 0)
+        self._on_bad(bad)
+
+    async def _answer(self, message: Message, call_id: int) -> None:
+        try:
+            reply = await self._on_call(message)
+        except ANSWERABLE as error:
+            reply = error_reply(error)
+        await self._reply(reply, call_id)
+
+    async def _on_note_safely(self, message: Message) -> None:
+        try:
+            await self._on_note(message)
+        except ANSWERABLE as error:
+            await self._reply(error_reply(error), 0)
+
+    async def _reply(self, reply: Message, call_id: int) -> None:
+        """To a call, or about a note (``call_id`` 0)."""
+        is_reply = call_id != 0
+        try:
+            frames = encode(reply, call_id=call_id, reply=is_reply, limits=self._limits)
+        except BadMessage as bad:
+            frames = encode(error_reply(bad), call_id=call_id, reply=is_reply)
+        if self._closed is None:
+            try:
+                await self._post(frames)
+            except ConnectionLost:
+                self._traffic.ignored += 1  # nobody is left to read it; the connection's owner is told elsewhere
+
+    def _spawn(self, work: Coroutine[Any, Any, None], call_id: int) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._done(done, call_id))
+
+    def _done(self, task: asyncio.Task[None], call_id: int) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            if call_id and self._closed is None:
+                self._spawn(self._reply(error_reply(error), call_id), 0)
+            self._on_bug(error)
+
+    # ---------------------------------------------------------------------------------------------- ends
+
+    def suspend(self, error: Exception) -> None:
+        """The connection broke and may come back: fail what cannot be repeated, keep the rest for ``resume``."""
+        self.suspended = self.holding = True
+        self._held.clear()
+        self.outbox.fail(error)
+        for call in self._calls.values():
+            if not call.retry and not call.reply.done():
+                call.reply.set_exception(error)
+
+    def resume(self) -> None:
+        """The other side is back: repeat every unanswered call, in the order in which they were made."""
+        self.suspended = False
+        self.heard_at = time.monotonic()
+        for call in self._calls.values():
+            if not call.reply.done():
+                call.sending = self._put(call.frames)
+
+    def release(self) -> None:
+        """Handle what was held back, and everything from now on."""
+        self.holding = False
+        held, self._held = self._held, []
+        for envelope in held:
+            self.take(envelope)
+
+    def close(self, error: Exception) -> None:
+        """Idempotent. Calls in flight fail with ``error``, handlers are cancelled."""
+        if self._closed is None:
+            self._closed = error
+            self.outbox.fail(error)
+            for call in self._calls.values():
+                if not call.reply.done():
+                    call.reply.set_exception(error)
+            for task in self._tasks:
+                task.cancel()

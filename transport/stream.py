@@ -1,0 +1,197 @@
+"""One ZeroMQ socket on an asyncio event loop (uvloop too), and the messages that wait for room in it.
+
+A plain socket behind ``add_reader``, because ``zmq.asyncio`` makes futures and wake-ups per message. ZeroMQ's file
+descriptor only tells that *something* happened, and any operation may use that up; so every operation is followed by
+one more look at the socket, which reads what came and lets the ``Outbox`` es try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from slime_async.transport.coders import Buffer, Limits
+from slime_async.transport.errors import ConnectionLost
+
+HIGH_WATER_MARK = 64
+"""Messages that ZeroMQ buffers each way per connection; beyond it, senders wait"""
+BURST = 64
+"""Messages read before other work of the loop gets a turn"""
+SILENCE_READ = 1024
+"""Messages read before a silent peer is given up"""
+COPY_BELOW_BYTES = 256 << 10
+"""Smaller frames are copied into the socket: cheaper than ZeroMQ's call back when it is done with a borrowed one"""
+
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
+
+def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limits) -> zmq.Socket[bytes]:
+    """A socket with finite buffers that refuses frames beyond ``limits`` before it allocates them."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, max(limits.frame_bytes, limits.header_bytes))
+    socket.setsockopt(zmq.LINGER, 0)
+    return socket
+
+
+async def terminate(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """End a context whose sockets are closed; goes on to its end when its caller is cancelled meanwhile."""
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, context.term))
+
+
+def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: float) -> None:
+    """ZMTP's own heartbeats: they find connections that are dead below us.
+
+    They also stop while a peer takes no messages, so they have twice our patience: what we notice, we can explain.
+    """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(2 * timeout_s * 1000)))
+
+
+class Stream:
+    """Reads every message of ``socket`` into ``on_frames`` and calls ``on_room`` when blocked sends may go on.
+
+    ``on_error`` gets what these two, or the socket, raise: a callback of the loop has no caller who would.
+    """
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        on_frames: Callable[[list[memoryview]], None],
+        on_room: Callable[[], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self.socket = socket
+        self._on_error = on_error
+        self._on_frames = on_frames
+        self._on_room = on_room
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._scheduled = False
+        self.closed = False
+        self._loop.add_reader(self._fd, self._look)
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._scheduled = False
+        try:
+            if not self.closed and self.read(BURST) == BURST:
+                self._look_soon()
+            if not self.closed:
+                self._on_room()
+        except Exception as error:
+            self._on_error(error)
+            raise
+
+    def read(self, most: int) -> int:
+        """Hand on up to ``most`` messages that are here already; returns how many."""
+        recv = self.socket.recv
+        for done in range(most):
+            try:
+                frame = recv(_LAST, False, False)
+            except zmq.Again:
+                return done
+            frames = [frame.buffer]
+            while frame.more:
+                frame = recv(_LAST, False, False)
+                frames.append(frame.buffer)
+            self._on_frames(frames)
+            if self.closed:
+                return done
+        return most
+
+    def try_send(self, frames: Sequence[Buffer]) -> bool:
+        """Whether the message is on its way; ``False`` when there is no room now.
+
+        Raises ``ConnectionLost`` when its receiver is not connected any more.
+        """
+        if self.closed:
+            raise ConnectionLost("the connection is closed")
+        self._look_soon()
+        send, last = self.socket.send, len(frames) - 1
+        try:
+            for i, frame in enumerate(frames):
+                size = frame.nbytes if type(frame) is memoryview else len(frame)
+                send(frame, _LAST if i == last else _MORE, size < COPY_BELOW_BYTES, False)
+        except zmq.Again:  # only ever raised for the first frame: ZeroMQ takes messages whole
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            raise ConnectionLost("closed the connection") from None
+        return True
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Idempotent. What ZeroMQ holds unsent is given up after ``linger_s``."""
+        if not self.closed:
+            self.closed = True
+            self._loop.remove_reader(self._fd)
+            self.socket.close(linger=int(linger_s * 1000))
+
+
+class Outbox:
+    """Messages to one peer that wait for room, in order. Its users bound how many."""
+
+    def __init__(self, send: Callable[[Sequence[Buffer]], bool]) -> None:
+        self._send = send
+        self._waiting: deque[tuple[Sequence[Buffer], asyncio.Future[None]]] = deque()
+        self._progress_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
+        """``None`` when sent; otherwise a future that is done once sent. Cancelling the future takes it back.
+
+        Raises ``ConnectionLost``.
+        """
+        if not self._waiting and self._send(frames):
+            return None
+        if not self._waiting:
+            self._progress_at = time.monotonic()
+        sent = asyncio.get_running_loop().create_future()
+        self._waiting.append((frames, sent))
+        return sent
+
+    def flush(self) -> None:
+        """Send what there is room for. Raises ``ConnectionLost``."""
+        while self._waiting:
+            frames, sent = self._waiting[0]
+            if not sent.done():
+                if not self._send(frames):
+                    return
+                sent.set_result(None)
+            self._waiting.popleft()
+            self._progress_at = time.monotonic()
+
+    def blocked_s(self) -> float:
+        """For how long the oldest message has found no room."""
+        return time.monotonic() - self._progress_at if self._waiting else 0.0
+
+    async def drained(self) -> None:
+        """Returns when nothing waits. Raises what ``fail`` was told."""
+        while self._waiting:
+            sent = self._waiting[-1][1]
+            await asyncio.wait([sent])
+            if not sent.cancelled():
+                sent.result()
+
+    def fail(self, error: Exception) -> None:
+        """Give up everything that waits; whoever waits for it gets ``error``."""
+        while self._waiting:
+            _, sent = self._waiting.popleft()
+            if not sent.done():
+                sent.set_exception(error)
+                sent.exception()  # its waiter may have been cancelled: no "never retrieved" then
