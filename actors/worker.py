@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -45,15 +46,16 @@ from slime_async.protocol import (
     Started,
 )
 from slime_async.telemetry.spans import SpanRecorder
-from slime_async.trajectory import Trajectory
+from slime_async.trajectory import Trajectory, TrajectoryKey
 from slime_async.transport.client import HubClient
-from slime_async.transport.errors import BadMessage, RemoteError
+from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
+from slime_async.transport.security import client_security
 from slime_async.transport.weight_group import WeightGroupError
 
 log = logging.getLogger(__name__)
 
 DELIVERY_TIMEOUT_S = 120.0
-"""A trajectory that the hub has not acknowledged by then fails the actor: the hub grants it to another."""
+"""A trajectory that a hub which is there has not acknowledged by then fails the actor: another is granted it."""
 
 
 class RunOver(Exception):
@@ -75,6 +77,10 @@ class Worker:
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
         self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
+        self._held: dict[tuple[TrajectoryKey, int], Reservation] = {}
+        """Granted, and neither delivered nor failed: what this actor tells a hub that it comes back to"""
+        self._latest: tuple[Message, asyncio.Task[Message]] | None = None
+        """The learner's latest command: it comes again when its answer was lost with a connection"""
 
     async def run(self, hub_address: str) -> None:
         """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
@@ -86,7 +92,15 @@ class Worker:
             engines=(EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks),),
             sources=self._rollout.source_sizes,
         )
-        self._client = await HubClient.connect(hub_address, hello, handler=self._handle)
+        hub = self._config.hub
+        self._client = await HubClient.connect(
+            hub_address,
+            hello,
+            handler=self._handle,
+            security=client_security(hub),
+            reconnect_s=hub.reconnect_s,
+            refreshed_hello=lambda: replace(hello, running=tuple(self._held.values())),
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
@@ -96,6 +110,8 @@ class Worker:
         except* RunOver:
             log.info("the run is over")
         finally:
+            if self._latest is not None:
+                self._latest[1].cancel()
             await self._client.close()
             await self._engine.close()
 
@@ -111,6 +127,7 @@ class Worker:
         match message:
             case Granted():
                 for reservation in message.reservations:
+                    self._held[reservation.key, reservation.attempt] = reservation
                     self._granted.put_nowait(reservation)
                 return None
             case Shutdown():
@@ -118,10 +135,18 @@ class Worker:
                     self._shutdown.set_result(message)
                 return None
         try:
-            return await self._command(message)
+            return await self._once(message)
         except (EngineError, WeightGroupError) as failed:  # the learner's to handle; a dead engine ends its rollouts
             log.warning("%s failed: %s", type(message).__name__, failed)
             raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _once(self, message: Message) -> Message:
+        """Carry out a command, or wait for its outcome if it is the latest one come again."""
+        if self._latest is None or self._latest[0] != message:
+            task = asyncio.create_task(self._command(message), name=type(message).__name__)
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to whoever asks for it
+            self._latest = message, task
+        return await asyncio.shield(self._latest[1])
 
     async def _command(self, message: Message) -> Message:
         """What the learner asks of the engine."""
@@ -147,6 +172,10 @@ class Worker:
         if wanted != self._engine.engine_id:
             raise ValueError(f"actor {self._name} holds engine {self._engine.engine_id}, not {wanted}")
 
+    @property
+    def _delivery_timeout_s(self) -> float:
+        return DELIVERY_TIMEOUT_S + self._config.hub.reconnect_s
+
     # --------------------------------------------------------------------------------------------------- rollouts
 
     async def _play_what_is_granted(self, tasks: asyncio.TaskGroup) -> None:
@@ -158,12 +187,14 @@ class Worker:
     async def _play(self, reservation: Reservation) -> None:
         """One reservation, to its delivery or its failure; both are told to the hub, and the hub grants anew."""
         assert self._client is not None
-        await self._client.note(Started(reservation.key, reservation.attempt))
+        with suppress(ConnectionLost):  # a hub that comes back hears of it with our Hello
+            await self._client.note(Started(reservation.key, reservation.attempt))
         outcome = await self._rollout.run(reservation)
         reason = outcome.reason if isinstance(outcome, RolloutFailure) else await self._deliver(outcome, reservation)
         if reason:
             failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
-            await self._client.call(failed, DELIVERY_TIMEOUT_S)
+            await self._client.call(failed, self._delivery_timeout_s, retry=True)
+        self._held.pop((reservation.key, reservation.attempt), None)
 
     async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
         """Why the hub does not take it (too large, most likely); empty when it does."""
@@ -171,7 +202,9 @@ class Worker:
         if self._config.actor.delay_s and not reservation.evaluation:
             await asyncio.sleep(self._config.actor.delay_s)
         try:
-            await self._client.call(Deliver(trajectory, reservation.evaluation), DELIVERY_TIMEOUT_S)
+            await self._client.call(
+                Deliver(trajectory, reservation.evaluation), self._delivery_timeout_s, retry=True
+            )
         except BadMessage as error:  # refused on this side of the wire
             return f"BadMessage: {error}"
         except RemoteError as error:

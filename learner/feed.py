@@ -31,7 +31,8 @@ class Feed(Protocol):
 class HubFeed:
     """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
 
-    Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing. ``patience_s``
+    is how long one answer may take beyond its own wait: a hub that is started again needs some.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class HubFeed:
         incarnation: int,
         last_version: int,
         timeout_s: float,
+        patience_s: float,
         check: Callable[[], None],
     ) -> None:
         self._client = client
         self._incarnation = incarnation
         self._last_version = last_version
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._check = check
         self._ahead: Future[Message] | None = None
         self._ahead_version = -1
@@ -71,7 +74,7 @@ class HubFeed:
 
     def _ask(self, train_version: int) -> None:
         lease = Lease(self._incarnation, train_version, LEASE_POLL_S)
-        self._ahead = self._client.begin(lease, LEASE_POLL_S + 30.0)
+        self._ahead = self._client.begin(lease, LEASE_POLL_S + self._patience_s, retry=True)
         self._ahead_version = train_version
 
     def _await_reply(self) -> Message:

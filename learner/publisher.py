@@ -226,7 +226,7 @@ class Publisher:
         begun = time.monotonic_ns()
         weights = snapshot.weights
         if self._config.publish == "batch_boundary":
-            self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2)
+            self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2, retry=True)
         group = self._join_group(engines)
         self._tell_all(engines, lambda e: PrepareWeights(e.engine_id, weights))
         paused = time.monotonic_ns()
@@ -240,7 +240,7 @@ class Publisher:
         received = time.monotonic_ns()
         self._tell_all(engines, lambda e: ResumeEngine(e.engine_id))
         resumed = time.monotonic_ns()
-        self._client.call(Published(weights), self._config.timeout_s)
+        self._client.call(Published(weights), self._config.timeout_s, retry=True)
         self._recorder.add("publish", begun, resumed, version=weights.version, engines=len(engines))
         self._recorder.add("broadcast", sent, received, version=weights.version)
         return PublishTimes(
@@ -278,7 +278,7 @@ class Publisher:
 
     def _begin(self, engine: EngineInfo, command: EngineCommand) -> Future[Message]:
         timeout_s = self._config.timeout_s
-        return self._client.begin(Relay(engine.actor, command, timeout_s), timeout_s * 1.5)
+        return self._client.begin(Relay(engine.actor, command, timeout_s), timeout_s * 1.5, retry=True)
 
     def _begin_all(
         self, engines: tuple[EngineInfo, ...], command: Callable[[EngineInfo], EngineCommand]

@@ -39,6 +39,7 @@ from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.codec import DEFAULT_LIMITS
+from slime_async.transport.security import client_security
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ INCARNATION = 1
 CLOSE_TIMEOUT_S = 1.0
 """For the publisher to stop; after a finished run it has nothing left to send."""
 CALL_TIMEOUT_S = 60.0
-"""For calls that the hub answers at once."""
+"""For calls that the hub answers at once, where it is there."""
 
 
 class HubOutlet:
@@ -61,7 +62,7 @@ class HubOutlet:
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
-        self._client.call(Commit(INCARNATION, train_version), CALL_TIMEOUT_S)
+        self._client.call(Commit(INCARNATION, train_version), call_timeout_s(self._config), retry=True)
 
     def publish(self, snapshot: Snapshot) -> float:
         return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
@@ -125,7 +126,13 @@ class Learner:
         self._events = EventLog(run_directory / "events.jsonl")
         self._mail = _Mail()
         hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
-        self._client = BlockingClient(hub_address, hello, handler=self._mail.handle)
+        self._client = BlockingClient(
+            hub_address,
+            hello,
+            handler=self._mail.handle,
+            security=client_security(config.hub),
+            reconnect_s=config.hub.reconnect_s,
+        )
         self._mail.engines = self._mail.engines or self._client.welcome.engines  # a later word wins
 
     def run(self) -> None:
@@ -139,7 +146,7 @@ class Learner:
             self._publisher.set_engines(self._mail.engines)
             self._outlet = HubOutlet(self._config, self._client, self._publisher, self._run_directory)
             self._phases(trainer)
-            self._client.call(Finish("the run is complete"), CALL_TIMEOUT_S)
+            self._client.call(Finish("the run is complete"), call_timeout_s(self._config), retry=True)
         finally:
             self._recorder.close()
             self._events.close()
@@ -172,7 +179,12 @@ class Learner:
             self._publisher.check()
 
         feed: Feed = HubFeed(
-            self._client, INCARNATION, self._config.run.steps, self._config.learner.lease_timeout_s, check
+            self._client,
+            INCARNATION,
+            self._config.run.steps,
+            self._config.learner.lease_timeout_s,
+            call_timeout_s(self._config),
+            check,
         )
         return feed if dist.get_world_size() == 1 else SharingFeed(feed, trainer.device)
 
@@ -187,7 +199,7 @@ class Learner:
             self._client.set_report({"phase": f"evaluation_{name}"})
             message = Evaluate(f"{name}/{source}", source, self._config.evaluation.tasks, wait_s)
             begun = time.monotonic()
-            result = self._client.call(message, wait_s + CALL_TIMEOUT_S)
+            result = self._client.call(message, wait_s + call_timeout_s(self._config), retry=True)
             assert isinstance(result, EvaluationResult)
             self._events.write(
                 "evaluation",
@@ -200,6 +212,11 @@ class Learner:
                 seconds=time.monotonic() - begun,
             )
             log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
+
+
+def call_timeout_s(config: Config) -> float:
+    """For calls that the hub answers at once, or once it was started again."""
+    return CALL_TIMEOUT_S + config.hub.reconnect_s
 
 
 def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:

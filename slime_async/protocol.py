@@ -78,6 +78,8 @@ class Hello(Message):
     engines: tuple[EngineInfo, ...] = ()
     sources: dict[str, int] = field(default_factory=dict)
     """Actors: the task sources it can look up and how many tasks each holds; all actors must agree"""
+    running: tuple[Reservation, ...] = ()
+    """Actors that come back: what they still work on"""
     incarnation: int = 0
     """Learners only"""
     version: int = 0

@@ -87,9 +87,11 @@ class BlockingClient:
         replying = self._submit(self._client.call(message, timeout_s, retry=retry))
         return self._wait(replying, timeout_s, type(message).__name__)
 
-    def begin(self, message: Message, timeout_s: float) -> concurrent.futures.Future[Message]:
+    def begin(
+        self, message: Message, timeout_s: float, *, retry: bool = False
+    ) -> concurrent.futures.Future[Message]:
         """A call whose reply, or error, the future will hold, after ``timeout_s`` at the latest."""
-        return self._submit(self._client.call(message, timeout_s))
+        return self._submit(self._client.call(message, timeout_s, retry=retry))
 
     def note(self, message: Message, timeout_s: float = 30.0) -> None:
         """As ``HubClient.note``; raises ``DeadlineExceeded`` when the hub takes nothing for ``timeout_s``."""

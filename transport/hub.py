@@ -52,14 +52,17 @@ from slime_async.protocol import (
     Started,
     Welcome,
 )
-from slime_async.queue import Exhausted, LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
-from slime_async.trajectory import TrajectoryKey
+from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
+from slime_async.transport.store import Store
 
 log = logging.getLogger(__name__)
 
+RETURN_GRACE_S = 2.0
+"""For actors and learner to come back after a restart of the hub; they try ten times a second"""
 GOODBYE_WAIT_S = 3.0
 """For actors and learner to leave after they were told to; then the hub goes, and they lose their connection"""
 
@@ -81,12 +84,24 @@ class _Actor:
 class Hub:
     """Wires peers to the queue. One instance lives in one event loop; nothing here is shared between threads."""
 
-    def __init__(self, config: Config, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        run_directory: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Opens the journal in ``run_directory``, if there is one to be kept, and goes on where it ends.
+
+        Raises ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
+        """
         self._config = config
         self._run_id = run_id
         self._clock = clock
-        self._queue = TrajectoryQueue(QueueLimits.from_config(config), TaskStream.from_config(config))
-        self._payloads: dict[TrajectoryKey, ReceivedTrajectory] = {}
+        self._store = Store.open(config, run_directory, on_failure=self._fail)
+        self._queue = self._store.queue
+        self._waits_for_old_peers = self._store.recovered
+        """A restarted hub grants nothing before the actors had time to return with what they work on"""
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
         self._stale_tokens_told = 0
@@ -105,6 +120,7 @@ class Hub:
             on_leave=self._on_leave,
             heartbeat_interval_s=config.hub.heartbeat_interval_s,
             heartbeat_timeout_s=config.hub.heartbeat_timeout_s,
+            security=server_security(config.hub),
             insecure=config.hub.insecure,
         )
 
@@ -120,10 +136,11 @@ class Hub:
         serving = asyncio.create_task(self._server.serve(), name="hub server")
         watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
         telling = asyncio.create_task(self._tell_learner_members(), name="hub members")
+        returning = asyncio.create_task(self._await_old_peers(), name="hub return")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
-        running: set[asyncio.Task[Any]] = {serving, watching, telling, finishing}
+        running: set[asyncio.Task[Any]] = {serving, watching, telling, finishing, returning}
         try:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
             for task in (serving, watching, telling):
                 if task.done():
                     await task
@@ -142,6 +159,7 @@ class Hub:
                     await asyncio.gather(*running, return_exceptions=True)  # what ended the run is being raised
                 finally:
                     await self._server.close()
+                    await self._store.close()
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -150,13 +168,16 @@ class Hub:
         if hello.role == "actor":
             self._queue.declare_sources(hello.sources)
             self._actors[peer.name] = _Actor(hello.slots, hello.engines)
+            self._queue.adopt(peer.name, hello.running, self._clock())
             log.info("actor %s joined with %d slots and engines %s", peer.name, hello.slots, list(hello.engines))
         if hello.role == "learner":
-            if self._learner is not None:
+            if self._learner is not None and self._server.is_alive(self._learner):
                 raise ValueError(f"learner {self._learner} is still connected: a run has one; stop it first")
             self._queue.learner_joined(hello.incarnation, hello.version, self._clock())
             self._learner = peer.name
+            log.info("learner %s joined: incarnation %d, version %d", peer.name, hello.incarnation, hello.version)
         self._wake()
+        await self._store.persist()
         welcome = Welcome(
             self._run_id,
             self._config.hub.heartbeat_interval_s,
@@ -176,8 +197,9 @@ class Hub:
             self._members_changed.set()
         if peer.name == self._learner:
             self._learner = None
-            if not self._finished.is_set():
+            if not self._finished.is_set() and not self._config.learner.max_restarts:
                 self._fail(LearnerLost(f"learner {peer.name} is gone ({reason}) before the run was finished"))
+            log.warning("learner %s left (%s)", peer.name, reason)
         self._wake()
 
     def _engines(self) -> tuple[EngineInfo, ...]:
@@ -187,13 +209,23 @@ class Hub:
         """After every change; a learner that takes no messages hears of the latest once it does."""
         while True:
             await self._members_changed.wait()
+            await self._until(lambda: not self._waits_for_old_peers, RETURN_GRACE_S)
             self._members_changed.clear()
             if self._learner is not None:
                 with suppress(ConnectionLost):  # the next learner gets them with its welcome
                     await self._server.note(self._learner, Membership(self._engines()))
 
+    async def _await_old_peers(self) -> None:
+        """After a restart: a moment for everybody to come back, before others get their work or take them for dead."""
+        if self._waits_for_old_peers:
+            log.info("went on from the journal: %s", self._queue.waiting_for(self._clock()))
+            await asyncio.sleep(RETURN_GRACE_S)
+            self._waits_for_old_peers = False
+            self._members_changed.set()
+            self._wake()
+
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        self._failure = self._failure or error
         self._finish_reason = str(error)
         self._finished.set()
 
@@ -206,6 +238,11 @@ class Hub:
     # ---------------------------------------------------------------------------------------------------- calls
 
     async def _on_call(self, peer: Peer, message: Message) -> Message:
+        reply = await self._answer(peer, message)
+        await self._store.persist()  # whoever reads the reply relies on it
+        return reply
+
+    async def _answer(self, peer: Peer, message: Message) -> Message:
         now = self._clock()
         match message:
             case Deliver():
@@ -216,6 +253,7 @@ class Hub:
                 return await self._lease(message)
             case Commit():
                 self._queue.commit(message.incarnation, message.train_version, now)
+                self._store.spill(message.train_version)
             case Published():
                 self._queue.publish(message.weights.incarnation, message.weights.version, now)
                 # nothing can be trained again without a journal: what is published need not be kept
@@ -226,7 +264,7 @@ class Hub:
             case Evaluate():
                 return await self._evaluate(message)
             case Relay():
-                return await self._server.call(message.actor, message.message, message.wait_s)
+                return await self._relay(message)
             case GetStatus():
                 return self._status()
             case Finish():
@@ -248,7 +286,7 @@ class Hub:
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
         outcome = self._queue.deliver(meta, peer.name, self._clock())
         if outcome == "accepted" and not message.evaluation:
-            self._payloads[trajectory.key] = trajectory
+            self._store.keep(trajectory)
         self._wake()
         return Delivered(outcome)
 
@@ -263,9 +301,15 @@ class Hub:
         if leased is None:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
-        dropped = self._queue.statistics(self._clock()).dropped_stale_tokens
+        dropped = self._queue.dropped_stale_tokens
         since, self._stale_tokens_told = dropped - self._stale_tokens_told, dropped
-        return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys), since)
+        return Batch(message.train_version, await self._store.get(leased.keys), since)
+
+    async def _relay(self, message: Relay) -> Message:
+        """After a restart, the actor may be on its way back."""
+        deadline = self._clock() + message.wait_s
+        await self._until(lambda: message.actor in self._actors or not self._waits_for_old_peers, message.wait_s)
+        return await self._server.call(message.actor, message.message, max(0.0, deadline - self._clock()))
 
     async def _drain(self, message: Drain) -> None:
         """Once drained, nothing is granted until the weights that this was for are published."""
@@ -295,17 +339,18 @@ class Hub:
     def _status(self) -> RunStatus:
         now = self._clock()
         peers = tuple(PeerStatus(p.role, p.name, p.silent_s, p.report) for p in self._server.peers.values())
-        queue: Report = {**self._queue.statistics(now).as_report(), "waiting_for": self._queue.waiting_for(now)}
+        statistics = self._queue.statistics(now).as_report()
+        queue: Report = {**statistics, **self._store.as_report(), "waiting_for": self._queue.waiting_for(now)}
         return RunStatus(self._run_id, queue, peers)
 
     # ------------------------------------------------------------------------------------------------- movement
 
     def _wake(self) -> None:
         """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
-        for key in self._queue.take_released():
-            self._payloads.pop(key, None)
-        if not self._draining and not self._drained and not self._finished.is_set():
+        held_back = self._draining or self._drained or self._waits_for_old_peers
+        if not held_back and not self._finished.is_set():
             self._grant()
+        self._store.stage()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -353,7 +398,7 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
     import uvloop
 
     async def main() -> None:
-        hub = Hub(config, run_directory.name)
+        hub = Hub(config, run_directory.name, run_directory)
         await hub.start()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(hub.address)

@@ -12,20 +12,24 @@ Everything on an authenticated connection is encrypted, which costs rate: about 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
+from slime_async.addresses import is_loopback
+from slime_async.config.schema import HubConfig
 from slime_async.transport.coders import Limits
 from slime_async.transport.stream import Stream, new_socket
 
+HUB_KEY = "hub.key"
+AUTHORIZED_KEYS = "authorized_keys"
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 
@@ -54,6 +58,54 @@ class ClientSecurity:
     server_public: str
 
 
+def server_security(config: HubConfig) -> ServerSecurity | None:
+    """What ``hub.keys`` names; None without it. Raises ``ValueError`` when a file is missing or holds no key."""
+    if config.keys is None:
+        return None
+    with _explained(config.keys):
+        security = ServerSecurity(load(config.keys / HUB_KEY), config.keys / AUTHORIZED_KEYS)
+        authorized(security.authorized_keys)
+    return security
+
+
+def client_security(config: HubConfig) -> ClientSecurity | None:
+    """What ``hub.keys`` and ``hub.key`` name; None without. Raises ``ValueError`` as ``server_security`` does."""
+    if config.keys is None:
+        return None
+    with _explained(config.keys):
+        return ClientSecurity(
+            load(config.keys / f"{config.key}.key"), load_public((config.keys / HUB_KEY).with_suffix(".pub"))
+        )
+
+
+@contextmanager
+def _explained(keys: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"hub.keys = {keys}: {error.filename}: {error.strerror}; make keys with slime-async keygen {keys}, or "
+            "copy the files that this role needs"
+        ) from error
+
+
+def make_keys(directory: Path, client: str) -> bool:
+    """A pair for ``client`` in the list of those who may connect; the hub's own pair too, where there is none.
+
+    Returns whether the hub's was made. Raises ``ValueError`` when the client's exists or is no file name.
+    """
+    if not re.fullmatch(r"[\w.-]+", client) or client == Path(HUB_KEY).stem:
+        raise ValueError(f"{client!r} cannot name a key: use letters, digits, '-', '_' and '.', and not 'hub'")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    is_new = not (directory / HUB_KEY).exists()
+    if is_new:
+        generate(directory / HUB_KEY)
+    pair = generate(directory / f"{client}.key")
+    with (directory / AUTHORIZED_KEYS).open("a") as authorized_keys:
+        authorized_keys.write(f"{pair.public} # {client}\n")
+    return is_new
+
+
 def generate(path: Path) -> KeyPair:
     """Make a pair: the secret goes to ``path`` (mode 600), the public key to ``path`` with suffix ``.pub``.
 
@@ -79,7 +131,7 @@ def load(path: Path) -> KeyPair:
         entries = dict(line.split(None, 1) for line in file if len(line.split()) == 2)
     keys = [entries.get(name, "").strip() for name in ("public", "secret")]
     if not all(map(_KEY.fullmatch, keys)) or zmq.curve_public(keys[1].encode()).decode() != keys[0]:
-        raise ValueError(f"{path} holds no key pair: make one with generate()")
+        raise ValueError(f"{path} holds no key pair: make one with slime-async keygen")
     return KeyPair(*keys)
 
 
@@ -87,7 +139,7 @@ def load_public(path: Path) -> str:
     """The one public key in a ``.pub`` file. Raises ``ValueError`` when it holds none."""
     key = path.read_text().strip()
     if not _KEY.fullmatch(key):
-        raise ValueError(f"{path} holds no public key of 40 characters: copy the .pub file of the pair")
+        raise ValueError(f"{path} holds no public key of 40 characters: copy the .pub file that keygen wrote")
     return key
 
 
@@ -103,18 +155,11 @@ def authorized(path: Path) -> frozenset[str]:
 
 def check_address(address: str, insecure: bool) -> None:
     """Raises ``ValueError`` for an address that others on the network can reach, unless ``insecure``."""
-    scheme, _, rest = address.partition("://")
-    host = rest.rsplit(":", 1)[0].strip("[]")
-    if scheme in ("ipc", "inproc") or insecure:
-        return
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False  # a name, an interface or *: reachable for all we know
-    if not local:
+    if not insecure and not is_loopback(address):
         raise ValueError(
             f"{address} can be reached from the network and nothing authenticates who connects: bind "
-            "tcp://127.0.0.1:<port>, or, where everybody on the network is trusted, set hub.insecure = true"
+            "tcp://127.0.0.1:<port>, or set hub.keys (slime-async keygen), or, where everybody on the network is trusted, "
+            "hub.insecure = true"
         )
 
 

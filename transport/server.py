@@ -174,6 +174,11 @@ class Server:
         peer = self._by_name.get(peer_name)
         return peer is not None and peer.conversation.note_nowait(message)
 
+    def is_alive(self, peer_name: str) -> bool:
+        """Whether the peer is connected, as far as can be known now; one whose connection broke leaves at once."""
+        peer = self._by_name.get(peer_name)
+        return peer is not None and self._is_alive(peer)
+
     async def close(self, linger_s: float = 1.0) -> None:
         """Stop listening; what ZeroMQ holds unsent is given up after ``linger_s``. Idempotent."""
         if self._heart is not None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "hub": "one role: the queue, which the others connect to",
     "actor": "one role: generates trajectories",
     "learner": "one role: trains and publishes weights (one process per rank)",
+    "keygen": "make CURVE keys for hub and clients",
 }
 """Each is ``slime_async.cli.NAME`` with ``add_arguments(parser)`` and ``run(parsed) -> exit code``"""
 

@@ -15,6 +15,7 @@ async def observe(config: Config, address: str) -> None:
     """Show progress until cancelled. A lost hub ends the view with a line, not the run: the supervisor judges."""
     from slime_async.transport.client import HubClient
     from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
+    from slime_async.transport.security import client_security
 
     over = False
 
@@ -24,13 +25,19 @@ async def observe(config: Config, address: str) -> None:
         over = over or isinstance(message, Shutdown)
 
     try:
-        client = await HubClient.connect(address, Hello("observer", f"launcher-{os.getpid()}"), handler=take)
+        client = await HubClient.connect(
+            address,
+            Hello("observer", f"launcher-{os.getpid()}"),
+            handler=take,
+            security=client_security(config.hub),
+            reconnect_s=config.hub.reconnect_s,
+        )
     except ConnectionLost as error:
         print(f"no progress view: {error}", flush=True)
         return
 
     async def status() -> RunStatus:
-        reply = await client.call(GetStatus(), CALL_TIMEOUT_S)
+        reply = await client.call(GetStatus(), CALL_TIMEOUT_S + config.hub.reconnect_s, retry=True)
         assert isinstance(reply, RunStatus), reply
         return reply
 

@@ -23,7 +23,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         ("tokens masked as stale", f"{s.tokens_masked_as_stale:,}"),
         ("generation and training overlap", _percent(s.overlap_fraction)),
         ("updates that met requests in flight", f"{s.updates_with_requests_in_flight} of {s.steps}"),
-        ("actor deaths", str(s.actor_deaths)),
+        ("deaths of hub, learner, actors", f"{s.hub_deaths}, {s.learner_deaths}, {s.actor_deaths}"),
     ]
     return [(name, value) for name, value in rows if value is not None]
 

@@ -16,25 +16,34 @@ def plan_run(config: Config, run: Path) -> RunPlan:
     """All commands of a run on this machine; ``run`` holds the resolved ``config.toml``."""
     settings = (str(run / "config.toml"), "--run-directory", str(run))
     ready = run / "hub.address"
-    hub_argv = (sys.executable, *PROGRAM, "hub", *settings, "--ready-file", str(ready))
+
+    def hub(address: str, name: str) -> RoleCommand:
+        argv = (sys.executable, *PROGRAM, "hub", *settings, "--ready-file", str(ready))
+        if address:  # where everybody looks for it
+            argv += ("--hub.address", address)
+        return RoleCommand(name, argv, thread_environment(1))
 
     def actor(address: str, name: str) -> RoleCommand:
         argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name)
         return RoleCommand(name, argv, thread_environment(config.actor.threads))
 
-    def learner(address: str) -> RoleCommand:
+    def learner(address: str, name: str) -> RoleCommand:
         argv = (*learner_interpreter(config.learner.ranks), *PROGRAM, "learner", *settings, "--hub", address)
         # SGLang turns cuMem off in its processes, and a broadcast needs the same on both sides
         environment = {**thread_environment(config.learner.threads), "NCCL_CUMEM_ENABLE": "0"}
-        return RoleCommand("learner", argv, environment)
+        return RoleCommand(name, argv, environment)
 
     return RunPlan(
-        hub=RoleCommand("hub", hub_argv, thread_environment(1)),
+        hub=hub,
         ready_file=ready,
         learner=learner,
         actor=actor,
         actors=config.actor.count,
-        max_restarts=config.actor.max_restarts,
+        max_restarts={
+            "hub": config.hub.max_restarts if config.hub.journal else 0,
+            "learner": config.learner.max_restarts,
+            "actor": config.actor.max_restarts,
+        },
     )
 
 

@@ -3,23 +3,29 @@
 ===========  =========================  =======================================================================
 who leaves   cleanly (code 0)           otherwise
 ===========  =========================  =======================================================================
-learner      the run is finished        the run failed
-hub          the learner must follow    the run failed
-actor        the learner must follow    started again under a new name, ``max_restarts`` times in all; then, or at
-                                        once when it says that the user must change something, the run failed
+learner      the run is finished        started again, from its last checkpoint
+hub          the learner must follow    killed by a signal: started again at its address; else the run failed
+actor        the learner must follow    started again
 ===========  =========================  =======================================================================
+
+Each is started again under a new name, ``max_restarts`` times per role in all; then, or at once when it says that the
+user must change something, the run failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from slime_async.cli.launch import CONSEQUENCE, USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventName
+
+Role = Literal["hub", "learner", "actor"]
 
 HUB_START_TIMEOUT_S = 60.0
 """Python and ZeroMQ come up in a second or two; more means a very slow disk"""
@@ -46,15 +52,16 @@ class RunError(Exception):
 class RunPlan:
     """The commands of one run; later ones need the hub's address."""
 
-    hub: RoleCommand
+    hub: Callable[[str, str], RoleCommand]
+    """(address, name); the address is empty at first, which leaves it to the hub"""
     ready_file: Path
     """The hub writes its address here once it listens"""
-    learner: Callable[[str], RoleCommand]
-    """(address)"""
+    learner: Callable[[str, str], RoleCommand]
+    """(the hub's address, name)"""
     actor: Callable[[str, str], RoleCommand]
-    """(address, name)"""
+    """(the hub's address, name)"""
     actors: int
-    max_restarts: int
+    max_restarts: Mapping[Role, int]
 
 
 class Supervisor:
@@ -74,16 +81,16 @@ class Supervisor:
         self._on_event = on_event
         self._exits: dict[asyncio.Task[int], RoleProcess] = {}
         self._lives: dict[str, int] = {}
-        self._restarts = 0
+        self._restarts: Counter[Role] = Counter()
         self.address = ""
 
     async def start(self) -> str:
         """Start everything; returns the hub's address. Raises ``RunError`` when the hub does not come up."""
-        await self._start(self._plan.hub)
+        await self._start(self._plan.hub("", "hub"))
         self.address = await self._hub_address()
         for index in range(self._plan.actors):
             await self._start(self._plan.actor(self.address, f"actor-{index}"))
-        await self._start(self._plan.learner(self.address))
+        await self._start(self._plan.learner(self.address, "learner"))
         return self.address
 
     async def wait(self) -> None:
@@ -101,7 +108,7 @@ class Supervisor:
                     deadline = deadline or loop.time() + CAUSE_TIMEOUT_S
                 elif code:
                     await self._survive(process, code)
-                elif process.name == "learner":
+                elif role_of(process.name) == "learner":
                     await self._farewell()
                     return
                 else:
@@ -132,21 +139,24 @@ class Supervisor:
         return self._plan.ready_file.read_text().strip()
 
     async def _survive(self, process: RoleProcess, code: int) -> None:
-        """Start a dead actor again, or raise ``RunError``."""
-        is_actor = process.name.startswith("actor-")
-        if not is_actor or code == USER_ERROR:
+        """Start what died again, or raise ``RunError``."""
+        role = role_of(process.name)
+        restarts, allowed = self._restarts[role], self._plan.max_restarts[role]
+        gives_up = role == "hub" and code > 0  # it has its reasons
+        if code == USER_ERROR or gives_up or (role != "actor" and not allowed):
             if self._exits:
                 await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
-        self._on_event("actor_died", {"actor": process.name, "exit_code": code})
-        if self._restarts == self._plan.max_restarts:
-            raise self._failure(process, code, f", and all {self._restarts} of actor.max_restarts are used up")
-        self._restarts += 1
-        index = process.name.partition(".")[0]
-        self._lives[index] = self._lives.get(index, 0) + 1
-        name = f"{index}.{self._lives[index]}"
-        self._on_event("actor_restarted", {"actor": name, "restarts": self._restarts})
-        await self._start(self._plan.actor(self.address, name))
+        self._on_event("role_died", {"role": role, "process": process.name, "exit_code": code})
+        if restarts == allowed:
+            raise self._failure(process, code, f", and all {restarts} of {role}.max_restarts are used up")
+        self._restarts[role] += 1
+        place = process.name.partition(".")[0]
+        self._lives[place] = self._lives.get(place, 0) + 1
+        name = f"{place}.{self._lives[place]}"
+        self._on_event("role_restarted", {"role": role, "process": name, "restarts": restarts + 1})
+        command = {"hub": self._plan.hub, "learner": self._plan.learner, "actor": self._plan.actor}[role]
+        await self._start(command(self.address, name))
 
     async def _farewell(self) -> None:
         """The learner is done: the others were told by the hub, and leave."""
@@ -161,9 +171,16 @@ class Supervisor:
         return RunError(_with_log(f"{process.name} {describe_exit(code)}{addition}{also}", process.log))
 
 
+def role_of(name: str) -> Role:
+    """``learner.2`` is the learner in its third life, ``actor-1.1`` actor 1 in its second."""
+    if name.startswith("actor-"):
+        return "actor"
+    return "hub" if name.partition(".")[0] == "hub" else "learner"
+
+
 def _rank(name: str) -> int:
     """Of several exits seen at once, the cause comes before its consequences."""
-    return {"hub": 0, "learner": 1}.get(name, 2)
+    return ("hub", "learner", "actor").index(role_of(name))
 
 
 def _with_log(text: str, log: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from slime_async.addresses import is_loopback
 from slime_async.config.schema import Config
 
 FUNCTION_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -121,6 +122,17 @@ def _hub(config: Config) -> Iterator[str]:
     hub = config.hub
     if not re.fullmatch(r"tcp://[^/\s]+:(\d+)", hub.address):
         yield f"hub.address = {hub.address!r} is no address: write tcp://HOST:PORT, port 0 takes a free one"
+    elif not (is_loopback(hub.address) or hub.keys or hub.insecure):
+        yield (
+            f"hub.address = {hub.address!r} can be reached from the network and nothing authenticates who connects: "
+            "set hub.keys (slime-async keygen DIR makes them), use tcp://127.0.0.1:PORT, or, where everybody on the "
+            "network is trusted, hub.insecure = true"
+        )
+    if hub.reconnect_s <= hub.heartbeat_timeout_s:
+        yield (
+            f"hub.reconnect_s = {hub.reconnect_s} ends before the hub notices that a connection is dead "
+            f"(hub.heartbeat_timeout_s = {hub.heartbeat_timeout_s}): use more than that"
+        )
     if hub.heartbeat_timeout_s <= 2 * hub.heartbeat_interval_s:
         yield (
             f"hub.heartbeat_timeout_s = {hub.heartbeat_timeout_s} with hub.heartbeat_interval_s = "

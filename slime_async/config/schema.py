@@ -182,6 +182,8 @@ class LearnerConfig(Section):
     """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
     threads: PositiveInt = 1
     """CPU threads per rank while RL runs"""
+    max_restarts: int = Field(4, ge=0)
+    """How often a learner that died is started again, from its last checkpoint, before the run fails"""
     lease_timeout_s: PositiveFloat = 600.0
     """Waiting this long for a batch ends the run with an error that says what was missing"""
 
@@ -223,6 +225,18 @@ class HubConfig(Section):
     """Where the hub listens; port 0 takes a free one"""
     insecure: bool = False
     """Allow an address beyond loopback without authentication"""
+    keys: Path | None = None
+    """Directory of CURVE keys (``slime-async keygen DIR``): with it every connection is authenticated and encrypted"""
+    key: str = "client"
+    """Which pair in ``keys`` this machine's actors, learner and observers show; the hub has its own"""
+    journal: bool = True
+    """Keep a journal in the run directory, so that a hub that is killed goes on where it was"""
+    journal_fsync: bool = False
+    """Have the journal survive power loss too: every batch of writes waits for the disk"""
+    max_restarts: int = Field(8, ge=0)
+    """How often a hub that was killed is started again before the run fails; without a journal, never"""
+    reconnect_s: PositiveFloat = 60.0
+    """For how long actors and learner try to reach a hub that went away; longer than ``heartbeat_timeout_s``"""
     heartbeat_interval_s: PositiveFloat = 1.0
     """Between the signs of life, and reports, of every process"""
     heartbeat_timeout_s: PositiveFloat = 10.0

@@ -131,6 +131,7 @@ class Snapshot:
 
     shape: BatchShape
     published: int
+    awaits_weights: bool
     trained: int
     durable: int
     incarnation: int

@@ -25,8 +25,8 @@ class Gate:
         self._reservations = reservations
 
     def room(self, free_slots: int) -> int:
-        """Trajectories that pacing allows an actor with ``free_slots``; none before the first publication."""
-        if self._ledger.published < 0 or free_slots <= 0:
+        """Trajectories that pacing allows an actor with ``free_slots``; none before the learner's first publication."""
+        if self._ledger.awaits_weights or free_slots <= 0:
             return 0
         running = self._reservations.held
         published_trajectories = self._ledger.published * self._limits.batch
@@ -58,6 +58,8 @@ class Gate:
         """What keeps the next trajectory from being granted to a free slot; empty when nothing does."""
         if self._ledger.published < 0:
             return "admission closed before the first publication"
+        if self._ledger.awaits_weights:
+            return f"admission closed until learner incarnation {self._ledger.incarnation} publishes its weights"
         if self.room(1) <= 0:
             paced = self._reservations.held + self._ledger.paced
             return f"admission closed by staleness {paced} of {self._limits.pacing}"

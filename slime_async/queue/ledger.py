@@ -24,6 +24,8 @@ class Ledger:
         self.limits = limits
         self.tasks = tasks
         self.published = -1
+        self.awaits_weights = True
+        """The present learner has published nothing yet: what the engines hold may be weights that were lost"""
         self.trained = 0
         """Batches trained in the lineage of the present weights; the version that the next commit trains"""
         self.durable = 0
@@ -87,7 +89,7 @@ class Ledger:
             case events.Committed(train_version):
                 self._commit(self.batches[train_version])
             case events.WeightsPublished(version):
-                self.published = version
+                self.published, self.awaits_weights = version, False
             case events.MadeDurable(version):
                 self._make_durable(version)
             case events.LearnerJoined():
@@ -162,7 +164,7 @@ class Ledger:
                 del self.batches[record.train_version]
                 self._return_to_queue(record)
         self.trained = event.version
-        self.published = min(self.published, event.version)
+        self.published, self.awaits_weights = min(self.published, event.version), True
 
     def _end_lease(self, record: BatchRecord) -> None:
         self.leased -= 1

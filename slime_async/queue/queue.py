@@ -74,9 +74,9 @@ class TrajectoryQueue:
 
     def grant(self, actor: str, free_slots: int, now: float) -> tuple[Reservation, ...]:
         """Up to ``free_slots`` new reservations: evaluations first, then missing samples of open groups, oldest
-        first, then new groups as far as pacing and backpressure allow. Nothing before the first publication."""
+        first, then new groups as far as pacing and backpressure allow. Nothing before the learner's first publication."""
         granted: list[Reservation] = []
-        if self._ledger.published < 0:
+        if self._ledger.awaits_weights:
             return ()
         while len(granted) < free_slots and (taken := self._evaluating.take(actor)):
             task, name = self._evaluations.task(taken[0])
@@ -90,6 +90,16 @@ class TrajectoryQueue:
         if granted:
             self._meters.moved(now)
         return tuple(granted)
+
+    def adopt(self, actor: str, reservations: Iterable[Reservation], now: float) -> None:
+        """An actor came back, to this hub or to the one that was restarted in its place, with work in progress.
+
+        What is still missing is its again, so that nobody else is granted it; the rest only takes its slots until it
+        delivers.
+        """
+        for reservation in reservations:
+            self._table(reservation.key).adopt(reservation.key, reservation.attempt, actor)
+        self._meters.moved(now)
 
     def start(self, key: TrajectoryKey, attempt: int, now: float) -> None:
         """Generation began. A reservation that is no longer known is ignored."""
@@ -211,7 +221,8 @@ class TrajectoryQueue:
         Raises ``ValueError`` for a learner that was replaced, and for weights of batches that nobody leased.
         """
         self._check_learner(incarnation)
-        if version <= self._ledger.published:
+        ledger = self._ledger
+        if version < ledger.published or (version == ledger.published and not ledger.awaits_weights):
             return
         self._prove_trained(version)
         self._record(events.WeightsPublished(version))
@@ -277,6 +288,18 @@ class TrajectoryQueue:
     def trained_version(self) -> int:
         """Batches trained in the lineage of the present weights"""
         return self._ledger.trained
+
+    @property
+    def dropped_stale_tokens(self) -> int:
+        """Sampled tokens of groups that were dropped whole as stale, since this queue began or was replayed"""
+        return self._meters.dropped_stale_tokens
+
+    def batch_keys(self, train_version: int) -> tuple[TrajectoryKey, ...]:
+        """The trajectories of a batch that is leased, trained or to be trained again; none once it is durable."""
+        record = self._ledger.batches.get(train_version)
+        if record is None:
+            return ()
+        return tuple(key for group in self._ledger.batch_groups(record) for key in group.keys)
 
     def statistics(self, now: float) -> QueueStatistics:
         return collect(self.limits, self._ledger, self._training, self._evaluating, self._meters, now)

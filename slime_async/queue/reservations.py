@@ -80,6 +80,23 @@ class ReservationTable:
             return key, attempt
         return None
 
+    def adopt(self, key: TrajectoryKey, attempt: int, actor: str) -> None:
+        """``actor`` works on this already, granted before its connection broke or the hub restarted.
+
+        It counts when its sample is missing now; otherwise it only takes the actor's slot.
+        """
+        if (key, attempt) in self._holders:
+            return
+        sample = self._samples.get(key)
+        counts = sample is not None and sample.held is None
+        if sample is not None:
+            sample.attempts = max(sample.attempts, attempt + 1)
+            sample.held = attempt if counts else sample.held
+        self._holders[key, attempt] = _Holder(actor, started=True, void=not counts)
+        self._by_actor.setdefault(actor, {})[key, attempt] = None
+        self.held += counts
+        self.running += counts
+
     def start(self, key: TrajectoryKey, attempt: int) -> None:
         holder = self._holders.get((key, attempt))
         if holder is not None and not holder.started:

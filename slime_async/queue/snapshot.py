@@ -30,6 +30,7 @@ def take(ledger: Ledger) -> Snapshot:
     return Snapshot(
         shape=shape_of(ledger.limits),
         published=ledger.published,
+        awaits_weights=ledger.awaits_weights,
         trained=ledger.trained,
         durable=ledger.durable,
         incarnation=ledger.incarnation,
@@ -54,6 +55,7 @@ def restore(ledger: Ledger, state: Snapshot) -> None:
     """Put ``state`` in the place of whatever ``ledger`` held; sums are counted anew."""
     check_shape(state.shape, ledger.limits)
     ledger.published, ledger.trained, ledger.durable = state.published, state.trained, state.durable
+    ledger.awaits_weights = state.awaits_weights
     ledger.incarnation, ledger.next_evaluation_serial = state.incarnation, state.next_evaluation_serial
     ledger.largest_bytes = state.largest_bytes
     ledger.tasks.restore(state.tasks)

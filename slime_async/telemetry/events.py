@@ -6,8 +6,8 @@ event             from       fields
 run_started       launcher   staleness_bound
 phase             learner    name: warm_start, evaluation_before, control, rl, evaluation_after; done
 evaluation        learner    name: before, after or supervised_only; source; accuracy; tasks; failed; version
-actor_died        launcher   actor, exit_code
-actor_restarted   launcher   actor, restarts
+role_died         launcher   role: hub, learner or actor; process, as its log is named; exit_code
+role_restarted    launcher   role; process; restarts: of this role so far
 run_finished      launcher   outcome: finished, failed or interrupted; reason
 ================  =========  ==============================================================================
 """
@@ -21,7 +21,7 @@ from typing import Literal
 from slime_async.protocol import Scalar
 from slime_async.telemetry.jsonl import JsonLines
 
-EventName = Literal["run_started", "phase", "evaluation", "actor_died", "actor_restarted", "run_finished"]
+EventName = Literal["run_started", "phase", "evaluation", "role_died", "role_restarted", "run_finished"]
 
 
 class EventLog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,15 @@ class Summary:
     reward_last: float | None
     """Of the last tenth"""
     actor_deaths: int
+    hub_deaths: int
+    learner_deaths: int
 
 
 def summarise(run: Path) -> Summary:
     """Read what the run left, finished or not."""
     events = list(read_jsonl(run / "events.jsonl"))
     steps = list(read_metrics(run / "metrics.jsonl"))
+    deaths = Counter(event["role"] for event in events if event["event"] == "role_died")
     start = _last(events, "run_started")
     end = _last(events, "run_finished")
     rewards = _column(steps, "reward_mean")
@@ -84,7 +88,9 @@ def summarise(run: Path) -> Summary:
         requests_in_flight_max=int(max(in_flight, default=0)),
         reward_first=_mean(rewards[:tenth]),
         reward_last=_mean(rewards[-tenth:]),
-        actor_deaths=sum(event["event"] == "actor_died" for event in events),
+        actor_deaths=deaths["actor"],
+        hub_deaths=deaths["hub"],
+        learner_deaths=deaths["learner"],
     )
 
 

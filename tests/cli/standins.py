@@ -66,15 +66,17 @@ def make_plan(
     learner: str = FOREVER,
     actors: int = 1,
     max_restarts: int = 2,
+    hub_restarts: int = 0,
+    learner_restarts: int = 0,
 ) -> RunPlan:
     (run / "pids").mkdir(parents=True)
     return RunPlan(
-        hub=standin(run, "hub", hub),
+        hub=lambda _address, name: standin(run, name, hub),
         ready_file=run / "address",
-        learner=lambda _address: standin(run, "learner", learner),
+        learner=lambda _address, name: standin(run, name, learner),
         actor=lambda _address, name: standin(run, name, actor),
         actors=actors,
-        max_restarts=max_restarts,
+        max_restarts={"hub": hub_restarts, "learner": learner_restarts, "actor": max_restarts},
     )
 
 

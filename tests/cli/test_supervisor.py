@@ -56,8 +56,8 @@ def test_a_dead_actor_is_started_again_under_a_new_name(tmp_path: Path) -> None:
     )
     plan_events = supervise(tmp_path, plan)
     assert plan_events == [
-        ("actor_died", {"actor": "actor-0", "exit_code": -9}),
-        ("actor_restarted", {"actor": "actor-0.1", "restarts": 1}),
+        ("role_died", {"role": "actor", "process": "actor-0", "exit_code": -9}),
+        ("role_restarted", {"role": "actor", "process": "actor-0.1", "restarts": 1}),
     ]
 
 
@@ -82,6 +82,28 @@ def test_the_death_of_the_hub_ends_the_run_and_shows_the_end_of_its_log(tmp_path
 def test_a_learner_that_fails_ends_the_run_and_shows_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"^learner exited with code 7; last lines of .*learner\.log"):
         supervise(tmp_path, standins.make_plan(tmp_path, learner="record()\nsys.exit(7)"))
+
+
+def test_a_killed_hub_and_a_failed_learner_are_started_again_under_new_names(tmp_path: Path) -> None:
+    wait = "import time\nwhile not (run / 'pids' / 'learner.1').exists(): time.sleep(0.02)\n"
+    hub = standins.HUB + "if name == 'hub':\n    os.kill(os.getpid(), signal.SIGKILL)\n" + wait
+    learner = "import time\nwhile not (run / 'pids' / 'hub.1').exists(): time.sleep(0.02)\n"
+    learner += "record()\nsys.exit(1 if name == 'learner' else 0)"
+    plan = standins.make_plan(
+        tmp_path, hub=hub, actor="record()\n" + wait, learner=learner, hub_restarts=1, learner_restarts=1
+    )
+    assert supervise(tmp_path, plan) == [
+        ("role_died", {"role": "hub", "process": "hub", "exit_code": -9}),
+        ("role_restarted", {"role": "hub", "process": "hub.1", "restarts": 1}),
+        ("role_died", {"role": "learner", "process": "learner", "exit_code": 1}),
+        ("role_restarted", {"role": "learner", "process": "learner.1", "restarts": 1}),
+    ]
+
+
+def test_a_hub_that_gives_up_is_not_started_again(tmp_path: Path) -> None:
+    hub = standins.HUB + "print('no space left', flush=True)\nsys.exit(1)"
+    with pytest.raises(RunError, match=r"(?s)^hub exited with code 1; .*no space left"):
+        supervise(tmp_path, standins.make_plan(tmp_path, hub=hub, hub_restarts=3))
 
 
 def test_a_role_that_the_user_must_help_is_not_started_again(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
         assert code == 0, output
         assert run.summary()["actor_deaths"] == 1
         assert run.summary()["steps"] == 30
-        assert "actor restarted" in output
+        assert "role restarted" in output
 
 
 @pytest.mark.parametrize("role", ["hub", "learner"])

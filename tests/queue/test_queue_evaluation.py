@@ -78,6 +78,7 @@ def test_a_new_learner_starts_its_evaluations_anew() -> None:
     drive.queue.evaluate("v0", "held-out", 1, drive.tick())
     (old,) = drive.grant(1)
     drive.queue.learner_joined(LEARNER + 1, 0, drive.tick())
+    drive.queue.publish(LEARNER + 1, 0, drive.tick())
     assert drive.deliver(old) == "unwanted"
     drive.queue.evaluate("v0", "held-out", 1, drive.tick())
     (new,) = drive.grant(1)

@@ -63,7 +63,9 @@ class QueueMachine(RuleBasedStateMachine):
         """By version, in the lineage of the present weights"""
         self.incarnation = 1
         self.restarted = False
-        """Batches to retrain may exceed the bounds; nothing may be granted beyond them"""
+        """Batches to retrain, and work that comes back, may exceed the bounds; nothing may be granted beyond them"""
+        self.returned = False
+        """Attempts are counted anew after a restart: two actors may hold the same one, and only one of them counts"""
 
     @initialize(
         group_size=st.integers(1, 3),
@@ -287,8 +289,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------ hub, evaluation
 
-    @rule(snapshot=st.booleans(), plain=st.booleans())
-    def hub_restarts(self, snapshot: bool, plain: bool) -> None:
+    @rule(snapshot=st.booleans(), plain=st.booleans(), returning=st.sets(st.sampled_from(ACTORS)))
+    def hub_restarts(self, snapshot: bool, plain: bool, returning: set[str]) -> None:
         self.drain()
         before = self.queue.state(), [getattr(self.statistics(), name) for name in DURABLE_COUNTS]
         if snapshot:
@@ -300,8 +302,25 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.take_events() == ()
         assert (self.queue.state(), [getattr(self.statistics(), name) for name in DURABLE_COUNTS]) == before
         for actor in ACTORS:
-            self.lost += self.running[actor]
-            self.running[actor] = []
+            if actor not in returning:
+                self.lost += self.running[actor]
+                self.running[actor] = []
+        for actor in sorted(returning):
+            self.come_back(actor)
+
+    def come_back(self, actor: str) -> None:
+        self.returned = self.restarted = True
+        missing = self.statistics().pacing
+        self.queue.adopt(actor, [reservation for reservation, _ in self.running[actor]], self.tick())
+        assert self.statistics().pacing <= missing + len(self.running[actor])
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def connection_breaks_and_the_actor_comes_back(self, actor: str) -> None:
+        before = self.statistics()
+        self.queue.lose_actor(actor, self.tick())
+        self.come_back(actor)
+        after = self.statistics()
+        assert (after.pacing, after.held) == (before.pacing, before.held)
 
     @rule(number=st.integers(1, 2), tasks=st.integers(1, 4))
     def evaluate(self, number: int, tasks: int) -> None:
@@ -333,8 +352,7 @@ class QueueMachine(RuleBasedStateMachine):
             if statistics.leased:
                 self.commit()
                 continue
-            if self.queue.published_version < self.queue.trained_version:
-                self.queue.publish(self.incarnation, self.queue.trained_version, self.tick())
+            self.queue.publish(self.incarnation, self.queue.trained_version, self.tick())
             if self.lease() is not None:
                 return
             version = self.queue.trained_version
@@ -370,7 +388,9 @@ class QueueMachine(RuleBasedStateMachine):
             assert s.held <= s.held_limit
         assert s.leased <= 2 * self.limits.batch
         for actor in ACTORS:
-            assert self.queue.outstanding(actor) == len(self.running[actor])
+            outstanding = self.queue.outstanding(actor)
+            assert outstanding <= len(self.running[actor])
+            assert outstanding == len(self.running[actor]) or self.returned
         assert "learner" in self.queue.waiting_for(self.now)
 
     def teardown(self) -> None:

@@ -207,3 +207,39 @@ def test_groups_dropped_as_stale_stay_dropped_after_a_rollback() -> None:
     drive.queue.learner_joined(LEARNER + 1, 1, drive.tick())
     assert tasks_of(drive.train(1, LEARNER + 1)) == [1]
     assert tasks_of(drive.train(2, LEARNER + 1)) == [3]
+
+
+def test_nothing_is_granted_before_a_new_learner_publishes_what_it_starts_from() -> None:
+    drive = trained_driver(1)
+    drive.queue.learner_joined(LEARNER + 1, 1, drive.tick())
+    assert drive.grant() == ()
+    assert "until learner incarnation 2 publishes its weights" in drive.queue.waiting_for(0.0)
+    again = replayed(drive.queue.limits, [*drive.queue.take_events()])
+    assert again.grant("actor-0", 8, 1.0) == ()
+    drive.queue.publish(LEARNER + 1, 1, drive.tick())
+    assert len(drive.grant()) == 8
+
+
+def test_an_actor_that_comes_back_keeps_what_it_works_on() -> None:
+    drive = Driver(make_limits(eta=1))
+    held = drive.queue.grant("actor-0", 5, drive.tick())
+    queue = replayed(drive.queue.limits, list(drive.queue.take_events()))
+    queue.adopt("actor-0", held, 1.0)
+    assert queue.outstanding("actor-0") == 5
+    others = queue.grant("actor-1", 8, 2.0)
+    assert {r.key for r in others}.isdisjoint(r.key for r in held)
+    assert len(others) == 3
+
+
+def test_work_that_others_have_done_meanwhile_only_takes_its_actors_slot() -> None:
+    drive = Driver(make_limits(eta=1))
+    held = drive.queue.grant("actor-0", 2, drive.tick())
+    drive.queue.lose_actor("actor-0", drive.tick())
+    for reservation in drive.queue.grant("actor-1", 8, drive.tick()):
+        drive.deliver(reservation, actor="actor-1")
+    before = drive.queue.statistics(0.0).pacing
+    drive.queue.adopt("actor-0", held, drive.tick())
+    assert drive.queue.statistics(0.0).pacing == before
+    assert drive.queue.outstanding("actor-0") == 2
+    assert [drive.deliver(reservation, actor="actor-0") for reservation in held] == ["duplicate", "duplicate"]
+    assert drive.queue.outstanding("actor-0") == 0

@@ -27,7 +27,7 @@ def write_run(run: Path) -> None:
         ("supervised_only", "a", 0.3, 10),
     ):
         events.write("evaluation", name=name, source=source, accuracy=accuracy, tasks=tasks, failed=0, version=0)
-    events.write("actor_died", actor="actor-0", exit_code=-9)
+    events.write("role_died", role="actor", process="actor-0", exit_code=-9)
     metrics = MetricsWriter(run / "metrics.jsonl")
     metrics.write(0, {"loss": 9.0}, phase="warm_start")
     for step, (stale, mean, reward) in enumerate([(0, 0.0, 0.1), (1, 0.5, 0.2), (2, 1.5, 0.6)]):
