@@ -202,9 +202,7 @@ class Worker:
         if self._config.actor.delay_s and not reservation.evaluation:
             await asyncio.sleep(self._config.actor.delay_s)
         try:
-            await self._client.call(
-                Deliver(trajectory, reservation.evaluation), self._delivery_timeout_s, retry=True
-            )
+            await self._client.call(Deliver(trajectory, reservation.evaluation), self._delivery_timeout_s, retry=True)
         except BadMessage as error:  # refused on this side of the wire
             return f"BadMessage: {error}"
         except RemoteError as error:

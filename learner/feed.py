@@ -31,8 +31,8 @@ class Feed(Protocol):
 class HubFeed:
     """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
 
-    Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing. ``patience_s``
-    is how long one answer may take beyond its own wait: a hub that is started again needs some.
+    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Raises
+    ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
     """
 
     def __init__(

@@ -87,9 +87,7 @@ class BlockingClient:
         replying = self._submit(self._client.call(message, timeout_s, retry=retry))
         return self._wait(replying, timeout_s, type(message).__name__)
 
-    def begin(
-        self, message: Message, timeout_s: float, *, retry: bool = False
-    ) -> concurrent.futures.Future[Message]:
+    def begin(self, message: Message, timeout_s: float, *, retry: bool = False) -> concurrent.futures.Future[Message]:
         """A call whose reply, or error, the future will hold, after ``timeout_s`` at the latest."""
         return self._submit(self._client.call(message, timeout_s, retry=retry))
 

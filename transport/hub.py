@@ -100,7 +100,7 @@ class Hub:
         self._clock = clock
         self._store = Store.open(config, run_directory, on_failure=self._fail)
         self._queue = self._store.queue
-        self._waits_for_old_peers = self._store.recovered
+        self._waits_for_old_peers = self._queue.has_begun
         """A restarted hub grants nothing before the actors had time to return with what they work on"""
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None

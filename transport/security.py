@@ -158,8 +158,8 @@ def check_address(address: str, insecure: bool) -> None:
     if not insecure and not is_loopback(address):
         raise ValueError(
             f"{address} can be reached from the network and nothing authenticates who connects: bind "
-            "tcp://127.0.0.1:<port>, or set hub.keys (slime-async keygen), or, where everybody on the network is trusted, "
-            "hub.insecure = true"
+            "tcp://127.0.0.1:<port>, or set hub.keys (slime-async keygen), or, where everybody on the network is "
+            "trusted, hub.insecure = true"
         )
 
 

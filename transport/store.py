@@ -13,81 +13,112 @@ Without a journal (``hub.journal = false``) everything is in memory only, and di
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slime_async.config import Config
+from slime_async.protocol import Report
 from slime_async.queue import QueueLimits, TaskStream, TrajectoryQueue
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.codec import EncodedTrajectory, Limits, ReceivedTrajectory, decode_trajectory
-from slime_async.transport.journal import Journal
-from slime_async.transport.journal.writer import JournalWriter
+from slime_async.transport.codec import EncodedTrajectory, ReceivedTrajectory, decode_trajectory
+from slime_async.transport.journal import Journal, JournalWriter, Position
 
 
 class Store:
     """Keeps the queue's promises across a restart. One instance lives in the hub's event loop."""
 
-    def __init__(self, queue: TrajectoryQueue, writer: JournalWriter | None, limits: Limits, *, recovered: bool) -> None:
+    def __init__(self, queue: TrajectoryQueue, journal: Journal | None, on_failure: Callable[[BaseException], None]):
         self.queue = queue
-        self.recovered = recovered
-        """The queue is that of a hub before this one"""
-        self._writer = writer
-        self._limits = limits
+        self._journal = journal
+        self._writer = None if journal is None else JournalWriter(journal)
+        self._on_failure = on_failure
         self._memory: dict[TrajectoryKey, ReceivedTrajectory] = {}
-        self._staged: dict[TrajectoryKey, ReceivedTrajectory] = {}
-        """Accepted, but not handed to the journal yet"""
+        self._accepted: list[ReceivedTrajectory] = []
+        """Not handed to the journal yet"""
+        self._written: asyncio.Future[Position] | None = None
+        """Of the latest append; all before it are written too when it is"""
 
     @classmethod
-    def open(cls, config: Config, run_directory: Path | None, limits: Limits) -> Store:
-        """The queue as the journal in ``run_directory`` left it, or a new one. Raises ``JournalError``.
+    def open(cls, config: Config, run_directory: Path | None, on_failure: Callable[[BaseException], None]) -> Store:
+        """The queue as the journal in ``run_directory`` left it, or a new one; nothing is on disk without a directory,
+        or with ``hub.journal`` off. ``on_failure`` gets what the journal dies of.
 
-        Without a directory, or with ``hub.journal`` off, nothing is on disk.
+        Raises ``JournalError``, and ``ValueError`` for a journal of another batch shape.
         """
-        queue_limits, tasks = QueueLimits.from_config(config), TaskStream.from_config(config)
+        limits, tasks = QueueLimits.from_config(config), TaskStream.from_config(config)
         if run_directory is None or not config.hub.journal:
-            return cls(TrajectoryQueue(queue_limits, tasks), None, limits, recovered=False)
+            return cls(TrajectoryQueue(limits, tasks), None, on_failure)
         opened = Journal.open(run_directory / "journal", fsync=config.hub.journal_fsync)
-        recovered = bool(opened.events)
-        if recovered:
-            queue = TrajectoryQueue.replay(queue_limits, tasks, opened.events)
-            queue.take_released()
-            opened.journal.retain(queue.payload_keys())
-        else:
-            queue = TrajectoryQueue(queue_limits, tasks)
-        return cls(queue, JournalWriter(opened.journal), limits, recovered=recovered)
+        if not opened.events:
+            return cls(TrajectoryQueue(limits, tasks), opened.journal, on_failure)
+        queue = TrajectoryQueue.replay(limits, tasks, opened.events)
+        queue.take_released()  # before the restart, or by the next line
+        opened.journal.retain(queue.payload_keys())
+        return cls(queue, opened.journal, on_failure)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether another hub can go on from here."""
+        return self._journal is not None
 
     def keep(self, trajectory: ReceivedTrajectory) -> None:
-        """An accepted trajectory; its event is among those of the next ``persist``."""
+        """An accepted trajectory; its event is among those of the next ``stage``."""
         self._memory[trajectory.key] = trajectory
-        self._staged[trajectory.key] = trajectory
+        self._accepted.append(trajectory)
 
-    async def get(self, keys: Iterable[TrajectoryKey]) -> tuple[ReceivedTrajectory, ...]:
-        """Payloads of a leased batch, which stay in memory until ``spill``."""
-        for key in keys:
-            if key not in self._memory:
-                self._memory[key] = await self._read(key)
+    async def get(self, keys: Sequence[TrajectoryKey]) -> tuple[ReceivedTrajectory, ...]:
+        """The payloads of a leased batch, from wherever they are."""
+        if missing := [key for key in keys if key not in self._memory]:
+            await self.persist()
+            self._memory |= await asyncio.to_thread(self._read, missing)
         return tuple(self._memory[key] for key in keys)
 
     def spill(self, train_version: int) -> None:
-        """Trained: only a learner that restarts asks for that batch again, and the journal has it."""
-        if self._writer is not None:
+        """The batch is trained: only a learner that restarts asks for it again, and the journal has it."""
+        if self._journal is not None:
             for key in self.queue.batch_keys(train_version):
                 self._memory.pop(key, None)
 
     def stage(self) -> None:
-        """Hand everything that happened since the last call to the journal, in its order; forget what is released."""
+        """Hand what happened since the last call to the journal, in its order; forget what is released."""
         events, released = self.queue.take_events(), self.queue.take_released()
+        accepted, self._accepted = self._accepted, []
         for key in released:
             self._memory.pop(key, None)
-        payloads, self._staged = self._staged, {}
-        if self._writer is not None and (events or released):
-            frames = {key: trajectory.encoded.flat for key, trajectory in payloads.items()}
-            snapshot = self.queue.state() if self._writer.snapshot_due else None
-            self._written = asyncio.ensure_future(self._write(events, frames, released, snapshot))
-            self._written.add_done_callback(self._check)
+        if self._writer is None or not (events or released):
+            return
+        payloads = {t.key: (t.encoded.header, *t.encoded.frames) for t in accepted}
+        self._written = self._writer.append(events, payloads)
+        self._written.add_done_callback(self._check)
+        self._writer.release(released)
+        self._writer.maybe_compact(self.queue.state)
 
     async def persist(self) -> None:
         """Returns once everything up to now survives the death of this process. Raises ``JournalError``."""
         self.stage()
-        if self._written is not None:
+        if self._writer is not None and self._written is not None:
             await asyncio.shield(self._written)
+            await self._writer.room()
+
+    def as_report(self) -> Report:
+        memory: Report = {"payloads_in_memory": len(self._memory)}
+        return memory if self._journal is None else {**memory, "journal_bytes": self._journal.disk_bytes}
+
+    async def close(self) -> None:
+        """Write what is left."""
+        self.stage()
+        if self._writer is not None:
+            await self._writer.close()
+
+    def _read(self, keys: Sequence[TrajectoryKey]) -> dict[TrajectoryKey, ReceivedTrajectory]:
+        assert self._journal is not None, "without a journal, whatever is needed is in memory"
+        read = {}
+        for key in keys:
+            header, *frames = self._journal.read(key)
+            read[key] = decode_trajectory(EncodedTrajectory(bytes(header), tuple(frames)))
+        return read
+
+    def _check(self, written: asyncio.Future[Position]) -> None:
+        if not written.cancelled() and (error := written.exception()) is not None:
+            self._on_failure(error)

@@ -30,6 +30,6 @@ def run(parsed: argparse.Namespace) -> int:
                 print(f"{directory}/hub.pub         the hub's public key: goes to every machine")
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
-        print(f"{directory}/{client}.key      may connect with hub.key = \"{client}\"; listed in authorized_keys")
+        print(f'{directory}/{client}.key      may connect with hub.key = "{client}"; listed in authorized_keys')
     print(f"use them with --hub.keys {directory}")
     return 0

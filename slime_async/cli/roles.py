@@ -19,9 +19,8 @@ def plan_run(config: Config, run: Path) -> RunPlan:
 
     def hub(address: str, name: str) -> RoleCommand:
         argv = (sys.executable, *PROGRAM, "hub", *settings, "--ready-file", str(ready))
-        if address:  # where everybody looks for it
-            argv += ("--hub.address", address)
-        return RoleCommand(name, argv, thread_environment(1))
+        where_it_was = ("--hub.address", address) if address else ()
+        return RoleCommand(name, (*argv, *where_it_was), thread_environment(1))
 
     def actor(address: str, name: str) -> RoleCommand:
         argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name)

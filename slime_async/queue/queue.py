@@ -74,7 +74,10 @@ class TrajectoryQueue:
 
     def grant(self, actor: str, free_slots: int, now: float) -> tuple[Reservation, ...]:
         """Up to ``free_slots`` new reservations: evaluations first, then missing samples of open groups, oldest
-        first, then new groups as far as pacing and backpressure allow. Nothing before the learner's first publication."""
+        first, then new groups as far as pacing and backpressure allow.
+
+        Nothing before the present learner's first publication.
+        """
         granted: list[Reservation] = []
         if self._ledger.awaits_weights:
             return ()
@@ -283,6 +286,11 @@ class TrajectoryQueue:
     def published_version(self) -> int:
         """−1 before the first publication"""
         return self._ledger.published
+
+    @property
+    def has_begun(self) -> bool:
+        """A learner has joined: this queue, or the one that it is a replay of, has been in use"""
+        return self._ledger.incarnation >= 0
 
     @property
     def trained_version(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any, Self
 
 from slime_async.config import Config
@@ -35,7 +36,7 @@ from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.hub import Hub
 from tests.transport.examples import make_trajectory
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 WAIT_S = 10.0
 """Of calls that will be answered"""
 SOURCES = {"train": 100, "held-out": 3}
@@ -49,13 +50,26 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-def make_config(*, eta: int = 1, stall_s: float = 60.0, heartbeat_timeout_s: float = 5.0, **batch: Any) -> Config:
+def make_config(
+    *,
+    eta: int = 1,
+    stall_s: float = 60.0,
+    heartbeat_timeout_s: float = 5.0,
+    learner: dict[str, Any] | None = None,
+    **batch: Any,
+) -> Config:
     """Two groups of two per batch."""
     return Config.model_validate(
         {
-            "task": {"train": {"train": {"factory": "tests:unused"}}, "shuffle": False},
+            "model": {"path": "tests:unused"},
+            "task": {
+                "train": {"train": {"factory": "tests:unused"}},
+                "evaluation": {"held-out": {"factory": "tests:unused"}},
+                "shuffle": False,
+            },
             "batch": {"groups": 2, "group_size": 2, **batch},
             "staleness": {"max_staleness": eta},
+            "learner": learner or {},
             "hub": {
                 "heartbeat_interval_s": 0.05,
                 "heartbeat_timeout_s": heartbeat_timeout_s,
@@ -73,17 +87,26 @@ class Player:
     def __init__(self, name: str) -> None:
         self.name = name
         self.told: asyncio.Queue[Message] = asyncio.Queue()
+        self.held: list[Reservation] = []
+        """What an actor says that it works on when it comes back"""
 
     async def handle(self, message: Message) -> Message | None:
         self.told.put_nowait(message)
         return None
 
     async def connect(self, address: str, role: Role, **hello: Any) -> Self:
-        self.client = await HubClient.connect(address, Hello(role, self.name, **hello), handler=self.handle)
+        said = Hello(role, self.name, **hello)
+        self.client = await HubClient.connect(
+            address,
+            said,
+            handler=self.handle,
+            reconnect_s=WAIT_S,
+            refreshed_hello=lambda: replace(said, running=tuple(self.held)),
+        )
         return self
 
     async def call(self, message: Message) -> Message:
-        return await self.client.call(message, WAIT_S)
+        return await self.client.call(message, WAIT_S, retry=True)
 
     async def hears(self, kind: type[Message]) -> Message:
         """The next message of this kind; others before it are skipped."""
@@ -154,14 +177,16 @@ class Actor(Player):
 
 
 class Learner(Player):
+    incarnation = 1
+
     async def join(self, address: str, incarnation: int = 1, version: int = 0) -> Self:
         return await self.connect(address, "learner", incarnation=incarnation, version=version)
 
     async def publish(self, version: int) -> None:
-        assert await self.call(Published(WeightId(1, version))) == Ok()
+        assert await self.call(Published(WeightId(self.incarnation, version))) == Ok()
 
     async def lease(self, version: int, wait_s: float = WAIT_S) -> Message:
-        return await self.call(Lease(1, version, wait_s))
+        return await self.call(Lease(self.incarnation, version, wait_s))
 
     async def leased(self, version: int) -> Batch:
         batch = await self.lease(version)
@@ -170,7 +195,7 @@ class Learner(Player):
         return batch
 
     async def commit(self, version: int) -> None:
-        assert await self.call(Commit(1, version)) == Ok()
+        assert await self.call(Commit(self.incarnation, version)) == Ok()
 
     async def members(self, count: int) -> tuple[EngineInfo, ...]:
         """The engines, once there are so many."""

@@ -196,9 +196,9 @@ def test_payloads_are_kept_no_longer_than_they_are_needed() -> None:
             await actor.deliver_all(await actor.granted(2 * B))
             await learner.leased(0)
             await learner.commit(0)
-            assert len(hub.hub._payloads) == 2 * B
+            assert (await learner.status()).queue["payloads_in_memory"] == 2 * B
             await learner.publish(1)
-            assert len(hub.hub._payloads) == B
+            assert (await learner.status()).queue["payloads_in_memory"] == B
 
     run(test())
 
@@ -270,9 +270,10 @@ def test_a_learner_that_was_refused_does_not_keep_the_place() -> None:
     run(test())
 
 
-def test_the_learners_death_ends_the_run_and_tells_everyone() -> None:
+def test_the_death_of_a_learner_that_nobody_starts_again_ends_the_run_and_tells_everyone() -> None:
     async def test() -> None:
-        async with stage(make_config(heartbeat_timeout_s=0.4)) as hub:
+        config = make_config(heartbeat_timeout_s=0.4, learner={"max_restarts": 0})
+        async with stage(config) as hub:
             actor, learner = await begin(hub)
             await learner.vanish()
             shutdown = await actor.hears(Shutdown)
@@ -332,7 +333,7 @@ def test_an_evaluation_runs_beside_training_and_its_result_comes_back() -> None:
             for reservation in reversed(evaluating):
                 assert await actor.deliver(reservation, reward=reservation.task.index / 2) == "accepted"
             assert await asked == EvaluationResult("before", (0.0, 0.5, 1.0), 0, (0,))
-            assert not hub.hub._payloads
+            assert (await learner.status()).queue["payloads_in_memory"] == 0
             await actor.deliver_all(training)
             await learner.leased(0)
 
