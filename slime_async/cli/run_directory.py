@@ -2,6 +2,7 @@
 
 config.toml     as resolved: file, flags and defaults
 logs/           stdout and stderr of every process
+journal/        events and payloads       slime_async.transport.journal
 metrics.jsonl   a line per step           slime_async.telemetry.metrics
 events.jsonl    what else happened        slime_async.telemetry.events
 spans/          when who computed         slime_async.telemetry.spans
@@ -16,6 +17,9 @@ from datetime import datetime
 from pathlib import Path
 
 from slime_async.config import Config, ConfigError, dump_toml
+
+JOURNAL = "journal"
+"""The hub makes it"""
 
 
 def make_run_directory(config: Config, now: datetime) -> Path:

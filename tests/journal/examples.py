@@ -8,7 +8,7 @@ from pathlib import Path
 from slime_async.queue import Event, TrajectoryMeta
 from slime_async.queue.events import Accepted, BatchShape, Committed
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.journal import Journal, Opened
+from slime_async.transport.journal import Journal
 
 FRAMES = 3
 
@@ -43,10 +43,10 @@ def write_run(directory: Path, count: int, size: int = 30) -> list[Event]:
     return [*with_shape, *(accepted(number) for number in range(count)), Committed(0)]
 
 
-def read_all(opened: Opened, numbers: Sequence[int], size: int = 30) -> None:
+def read_all(journal: Journal, numbers: Sequence[int], size: int = 30) -> None:
     """Every payload is there and is its own."""
     for number in numbers:
-        assert [bytes(frame) for frame in opened.journal.read(key(number))] == frames(number, size)
+        assert [bytes(frame) for frame in journal.read(key(number))] == frames(number, size)
 
 
 def segments(directory: Path, kind: str) -> list[Path]:

@@ -24,7 +24,7 @@ def test_what_was_appended_is_there_when_the_journal_is_opened_again(tmp_path: P
     assert list(opened.events) == written
     assert opened.keys == {key(number) for number in range(20)}
     assert opened.truncated_bytes == 0
-    read_all(opened, range(20))
+    read_all(opened.journal, range(20))
     opened.journal.close()
 
 
@@ -61,7 +61,7 @@ def test_the_last_payload_of_a_key_counts(tmp_path: Path) -> None:
     append(journal, 1)
     journal.close()
     opened = Journal.open(tmp_path)
-    read_all(opened, [1])
+    read_all(opened.journal, [1])
     opened.journal.close()
 
 
@@ -85,7 +85,7 @@ def test_segments_are_deleted_when_nobody_needs_their_payloads(tmp_path: Path) -
     journal.close()
     opened = Journal.open(tmp_path, segment_bytes=1000)
     opened.journal.retain([key(number) for number in range(190, 200)])
-    read_all(opened, range(190, 200), size=200)
+    read_all(opened.journal, range(190, 200), size=200)
     opened.journal.release(opened.keys)
     assert len(segments(tmp_path, "payloads")) == 1
     opened.journal.close()
@@ -105,7 +105,7 @@ def test_a_few_old_payloads_are_moved_rather_than_keep_segments_alive(tmp_path: 
     journal.close()
     opened = Journal.open(tmp_path, segment_bytes=2000)
     opened.journal.retain([key(number) for number in kept])
-    read_all(opened, kept, size=200)
+    read_all(opened.journal, kept, size=200)
     opened.journal.close()
 
 
@@ -129,7 +129,7 @@ def test_a_compacted_journal_begins_with_the_snapshot_and_the_trail_keeps_everyt
     opened = Journal.open(tmp_path)
     assert opened.events == (EMPTY, Committed(1))
     assert list(read_trail(tmp_path)) == [*written, EMPTY, Committed(1)]
-    read_all(opened, range(8))
+    read_all(opened.journal, range(8))
     opened.journal.close()
 
 

@@ -14,6 +14,7 @@
 from slime_async.transport.journal.errors import JournalCorrupt, JournalError, JournalInUse, JournalVersionError
 from slime_async.transport.journal.journal import Entry, Journal, JournalStatistics, Opened
 from slime_async.transport.journal.trail import Position, read_trail
+from slime_async.transport.journal.writer import JournalWriter
 
 __all__ = [
     "Entry",
@@ -23,6 +24,7 @@ __all__ = [
     "JournalInUse",
     "JournalStatistics",
     "JournalVersionError",
+    "JournalWriter",
     "Opened",
     "Position",
     "read_trail",

@@ -118,7 +118,10 @@ class Journal:
         return self.append_all([Entry(events, payloads)])[0]
 
     def append_all(self, entries: Sequence[Entry]) -> list[Position]:
-        """Several appends in one write (of each log); each is there as a whole or not at all, in this order."""
+        """Several appends in one write (of each log); each is there as a whole or not at all, in this order.
+
+        One without anything in it is no write; its position says what it comes after.
+        """
         self._check()
         appended, trail_end = None, self._trail.end
         try:
@@ -163,20 +166,27 @@ class Journal:
         if self.snapshot_due:
             self.compact(snapshot)
         else:
-            self._check()
-            self._empty_mostly_dead()
+            self.tidy()
 
     def compact(self, snapshot: Callable[[], Snapshot]) -> None:
-        """Begin a new segment of events with the queue's state, so that a restart need not read what is before it;
-        and move the last payloads out of segments that are mostly dead, as far as disk use asks for it.
+        """``tidy``, and begin a new segment of events with the queue's state: a restart need not read what is before.
 
         ``snapshot`` must be the state after everything that was appended, and nothing else.
         """
-        self._check()
-        self._empty_mostly_dead()
+        self.tidy()
         with self._breaking(self._trail.path, "beginning a segment of events"):
             self._payloads.sync()  # whatever the snapshot needs is safer than the snapshot
             self._trail.rotate(snapshot(), Needs(self._payloads.end, synced=True))
+
+    def tidy(self) -> None:
+        """Keep the disk's use within its bound, by moving payloads out of segments that are mostly dead."""
+        self._check()
+        while (number := self._payloads.segment_to_empty()) is not None:
+            for key in self._payloads.payloads_of(number):
+                self._move(key)
+            with self._breaking(self._payloads.path, "fsync"):
+                self._payloads.sync()
+            self._delete_dead()
 
     @property
     def snapshot_due(self) -> bool:
@@ -192,6 +202,10 @@ class Journal:
         """
         with self._index, _telling(self._directory, f"reading the payload of {key}"):
             return self._payloads.read(key)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def position(self) -> Position:
@@ -252,14 +266,6 @@ class Journal:
                 self._trail.sync()  # the events that made them unneeded outlive a loss of power, or they do
             with self._index, _telling(self._directory, "deleting payloads"):
                 self._payloads.delete(dead)
-
-    def _empty_mostly_dead(self) -> None:
-        while (number := self._payloads.segment_to_empty()) is not None:
-            for key in self._payloads.payloads_of(number):
-                self._move(key)
-            with self._breaking(self._payloads.path, "fsync"):
-                self._payloads.sync()
-            self._delete_dead()
 
     def _move(self, key: TrajectoryKey) -> None:
         """To the end of the log."""

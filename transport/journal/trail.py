@@ -112,11 +112,13 @@ class Trail:
         ends: list[Position] = []
         offset = self._segment.size
         for events, needs in batch:
-            record, packed = pack_entry(offset, events, needs, self._segment.salt)
-            offset = record.end
+            if events:
+                record, packed = pack_entry(offset, events, needs, self._segment.salt)
+                offset = record.end
+                buffers += packed
             ends.append(Position(self._segment.number, offset))
-            buffers += packed
-        self._segment.append(buffers)
+        if buffers:
+            self._segment.append(buffers)
         return ends
 
     def cut(self, end: Position) -> None:
