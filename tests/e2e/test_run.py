@@ -69,9 +69,21 @@ def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
         assert "role restarted" in output
 
 
+def test_a_hub_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    with started(tmp_path / "runs", {"run.steps": "30"}) as run:
+        run.wait_for("three steps", lambda: len(run.steps()) >= 3)
+        [hub] = run.pids("hub")
+        os.kill(hub, signal.SIGKILL)
+        code, output = run.finish()
+        assert code == 0, output
+        assert run.summary()["hub_deaths"] == 1
+        assert run.summary()["steps"] == 30
+        assert [step["step"] for step in run.steps()] == list(range(30))
+
+
 @pytest.mark.parametrize("role", ["hub", "learner"])
 def test_the_death_of_hub_or_learner_ends_everything_with_a_clear_error(tmp_path: Path, role: str) -> None:
-    with started(tmp_path / "runs", {"run.steps": "1000"}) as run:
+    with started(tmp_path / "runs", {"run.steps": "1000", f"{role}.max_restarts": "0"}) as run:
         run.wait_for("a step", lambda: len(run.steps()) >= 1)
         [victim] = run.pids(role)
         os.kill(victim, signal.SIGKILL)

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from slime_async.config import Config
 from slime_async.config.dump import dump_toml
-from slime_async.protocol import Batch, Commit, Drain, Evaluate, EvaluationResult, Finish, Lease, NotReady, Ok
+from slime_async.protocol import Batch, Commit, Drain, Evaluate, EvaluationResult, Finish, NotReady, Ok
 from tests.hub.players import SOURCES, WAIT_S, Actor, Learner, make_config, run
 
 B = 4
@@ -66,16 +66,17 @@ class Process:
 @asynccontextmanager
 async def stage(tmp_path: Path, config: Config | None = None) -> AsyncIterator[tuple[Process, Actor, Learner]]:
     """A hub, an actor with many slots, and the learner; version 0 is published."""
-    hub = Process(tmp_path, config or make_config(heartbeat_timeout_s=1.0))
+    hub, players = Process(tmp_path, config or make_config(heartbeat_timeout_s=1.0)), AsyncExitStack()
     try:
         await hub.start()
         actor, learner = Actor("a"), Learner("learner")
         await actor.join(hub.address, slots=100)
         await learner.join(hub.address)
         await learner.publish(0)
-        yield hub, actor, learner
-        await actor.client.close()
-        await learner.client.close()
+        players.push_async_callback(actor.client.close)
+        players.push_async_callback(learner.client.close)
+        async with players:
+            yield hub, actor, learner
     finally:
         hub.close()
 
@@ -228,8 +229,9 @@ def test_leases_go_on_where_they_were(tmp_path: Path) -> None:
                 await actor.deliver_all(actor.held, version)
                 actor.held = []
                 await hub.restart()
-                assert await learner.call(Lease(1, version, WAIT_S)) == await learner.leased(version)
-                trained += [t.key for t in (await learner.leased(version)).trajectories]
+                batch, again = await learner.leased(version), await learner.leased(version)
+                assert [t.key for t in again.trajectories] == [t.key for t in batch.trajectories]
+                trained += [t.key for t in batch.trajectories]
                 await learner.commit(version)
                 await learner.publish(version + 1)
             assert len(set(trained)) == len(trained) == 3 * B
