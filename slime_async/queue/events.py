@@ -174,15 +174,20 @@ _TAG = "@"
 """Marks a list that stands for an object; no string of an event begins with it alone"""
 
 
+_FIELDS = {cls: tuple(field.name for field in dataclasses.fields(cls)) for cls in _CLASSES.values()}
+
+
 def to_plain(value: Any) -> Any:
     """An event, or anything inside one, as lists, dicts and scalars."""
+    cls = type(value)
+    if cls is int or cls is str or cls is float:  # nearly everything is; one event is written per trajectory
+        return value
+    if names := _FIELDS.get(cls):
+        return [_TAG, cls.__name__, *[to_plain(getattr(value, name)) for name in names]]
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     if isinstance(value, dict):
         return {name: to_plain(item) for name, item in value.items()}
-    if dataclasses.is_dataclass(value):
-        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return [_TAG, type(value).__name__, *(to_plain(item) for item in fields)]
     return value
 
 

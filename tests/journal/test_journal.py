@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from slime_async.queue import Snapshot
+from slime_async.queue import Event, Snapshot, TrajectoryMeta
 from slime_async.queue.events import BatchShape, Committed, GroupDropped
+from slime_async.trajectory import TaskRef
 from slime_async.transport.journal import Journal, JournalCorrupt, JournalInUse, JournalVersionError, read_trail
 from slime_async.transport.journal import records as format_of
 from tests.journal.examples import accepted, append, frames, key, read_all, segments, write_run
@@ -148,6 +152,25 @@ def test_a_snapshot_is_taken_when_the_events_since_the_last_outweigh_it(tmp_path
     assert 5 <= taken <= 20
     assert len(segments(tmp_path, "events")) == taken + 1
     journal.close()
+
+
+def test_events_before_a_snapshot_are_kept_in_a_third_of_the_space(tmp_path: Path) -> None:
+    written = write_run(tmp_path, 500)
+    before = segments(tmp_path, "events")[0].stat().st_size
+    journal = Journal.open(tmp_path).journal
+    journal.compact(lambda: EMPTY)
+    assert segments(tmp_path, "events")[0].stat().st_size < before / 3
+    assert journal.disk_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.journal"))
+    assert list(read_trail(tmp_path)) == [*written, EMPTY]
+    journal.close()
+
+
+def test_the_number_of_the_format_changes_with_the_events() -> None:
+    """Events are written field by field, without names: a journal of other events must be refused by its format."""
+    classes = (*get_args(Event), TrajectoryMeta, TaskRef)
+    layout = sorted((cls.__name__, [(field.name, field.type) for field in fields(cls)]) for cls in classes)
+    digest = hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
+    assert (format_of.FORMAT_VERSION, digest) == (1, "502d14a559e8505c"), "raise FORMAT_VERSION, and note both here"
 
 
 def test_a_second_hub_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Every event of a run, in order and for ever: what a restarted queue is the fold of, and what the audit reads.
 
 A segment begins with a snapshot of the queue (the first: with the queue's first event), so a restart reads the newest
-segment only; the older ones are never read by the hub and never deleted. Some 100 bytes per trajectory.
+segment only. The older ones are compressed, never read by the hub and never deleted: some 40 bytes per trajectory.
 """
 
 from __future__ import annotations
 
 import logging
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,9 @@ from slime_async.transport.journal.segment import Segment, segment_number, segme
 
 log = logging.getLogger(__name__)
 _META = struct.Struct("<QQ?")
+_COMPRESSED = b"zlib"
+"""The meta of the one record that a compressed segment has; its body is the segment as it was"""
+_COMPRESSION_LEVEL = 1  # a third of the size in 10 ms per MB; higher ones take three times as long for 6% less
 
 
 class Position(NamedTuple):
@@ -129,17 +133,26 @@ class Trail:
         self._segment.sync()
 
     def rotate(self, snapshot: Snapshot, needs: Needs) -> None:
-        """Begin a new segment. The old one is on disk before the new one has a name, and stays."""
-        self._segment.sync()
-        salt = new_salt()
+        """Begin a new segment. The old one is on disk before the new one has a name, and is compressed afterwards."""
+        old, salt = self._segment, new_salt()
+        old.sync()
         _, packed = pack_entry(SEGMENT_HEADER_BYTES, [snapshot], needs, salt)
-        segment = Segment.create(self._directory, "events", self._segment.number + 1, salt, packed)
-        self._older_bytes += self._segment.size
-        self._segment.close()
-        self._segment, self.snapshot_bytes = segment, segment.size
+        self._segment = Segment.create(self._directory, "events", old.number + 1, salt, packed)
+        self.snapshot_bytes = self._segment.size
+        old.close()
+        self._older_bytes += _compress(self._directory, old)
 
     def close(self) -> None:
         self._segment.close()
+
+
+def _compress(directory: Path, old: Segment) -> int:
+    """Put a compressed segment in the old one's place, in one step; its size."""
+    body = memoryview(zlib.compress(old.path.read_bytes(), _COMPRESSION_LEVEL))
+    _, packed = pack_record(SEGMENT_HEADER_BYTES, _COMPRESSED, [body], old.salt)
+    segment = Segment.create(directory, "events", old.number, old.salt, packed)
+    segment.close()
+    return segment.size
 
 
 def check_numbers(directory: Path) -> list[Path]:
@@ -159,6 +172,9 @@ def read_segment(path: Path, data: bytes, newest: bool) -> tuple[list[TrailEntry
     scanned = scan(data, salt, verify_bodies=True)
     if scanned.problem and (scanned.damaged or not newest):
         raise JournalCorrupt(path, scanned.problem, scanned.end)
+    if scanned.records and scanned.records[0].meta == _COMPRESSED:
+        record = scanned.records[0]
+        return read_segment(path, zlib.decompress(data[record.body_offset : record.end]), newest=False)
     return [unpack_entry(data, record, path) for record in scanned.records], scanned
 
 
