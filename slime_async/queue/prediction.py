@@ -35,7 +35,14 @@ def predict_staleness(
 
     Raises ``ValueError`` for numbers that are not positive.
     """
-    for name, value in locals().items():
+    given = {
+        "slots": slots,
+        "batch": batch,
+        "queue_batches": queue_batches,
+        "rate_ratio": rate_ratio,
+        "tail_factor": tail_factor,
+    }
+    for name, value in given.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: must be positive")
     before_queue = slots * tail_factor / (batch * max(1.0, rate_ratio))

@@ -8,6 +8,7 @@ phase             learner    name: warm_start, evaluation_before, control, rl, e
 evaluation        learner    name: before, after or supervised_only; source; accuracy; tasks; failed; version
 actor_died        launcher   actor, exit_code
 actor_restarted   launcher   actor, restarts
+warning           learner    step, name, metric, value, threshold, message: see slime_async.correction.warnings
 run_finished      launcher   outcome: finished, failed or interrupted; reason
 ================  =========  ==============================================================================
 """
@@ -21,7 +22,7 @@ from typing import Literal
 from slime_async.protocol import Scalar
 from slime_async.telemetry.jsonl import JsonLines
 
-EventName = Literal["run_started", "phase", "evaluation", "actor_died", "actor_restarted", "run_finished"]
+EventName = Literal["run_started", "phase", "evaluation", "actor_died", "actor_restarted", "warning", "run_finished"]
 
 
 class EventLog:

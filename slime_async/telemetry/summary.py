@@ -53,6 +53,14 @@ class Summary:
     reward_last: float | None
     """Of the last tenth"""
     actor_deaths: int
+    mismatch_kl: float | None
+    """k3 of π_prox/μ, mean over the last tenth of the steps"""
+    mismatch_kl_max: float | None
+    """Largest of any step"""
+    mismatch_kl_floor: float | None
+    """Of the run's first fresh batch: what engine and learner differ by on the same weights"""
+    warnings: tuple[str, ...]
+    """Names of the warnings that were given, in the order of their first"""
 
 
 def summarise(run: Path) -> Summary:
@@ -65,6 +73,7 @@ def summarise(run: Path) -> Summary:
     tenth = max(1, len(rewards) // 10)
     trained = _column(steps, "tokens_trained")
     in_flight = _column(steps, "requests_in_flight_at_update")
+    mismatch = _column(steps, "mismatch/k3")
     return Summary(
         outcome=str(end["outcome"]) if end else "running",
         accuracy_before=_accuracy(events, "before"),
@@ -85,6 +94,10 @@ def summarise(run: Path) -> Summary:
         reward_first=_mean(rewards[:tenth]),
         reward_last=_mean(rewards[-tenth:]),
         actor_deaths=sum(event["event"] == "actor_died" for event in events),
+        mismatch_kl=_mean(mismatch[-max(1, len(mismatch) // 10) :]),
+        mismatch_kl_max=max(mismatch, default=None),
+        mismatch_kl_floor=next(iter(_column(steps, "mismatch/k3/floor")), None),
+        warnings=tuple(dict.fromkeys(str(event["name"]) for event in events if event["event"] == "warning")),
     )
 
 
