@@ -48,6 +48,8 @@ def draw(entries: Sequence[Entry], protocol: Protocol, target: float, path: Path
         axes.set_xticks(range(len(STALENESS)), [str(staleness) for staleness in STALENESS])
         axes.set_xlabel("staleness η: versions between sampling and training")
         axes.grid(alpha=0.3)
+    seeds = max((entry.accuracy.count for entry in entries), default=0)
+    figure.suptitle(f"Demo task at exact staleness: mean and 95% interval over up to {seeds} seeds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

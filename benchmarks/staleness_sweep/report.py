@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.staleness_sweep.cells import METHODS, STALENESS, Cell, Protocol
-from benchmarks.staleness_sweep.statistics import Entry, Estimate, steps_to_target, summarise
+from benchmarks.staleness_sweep.statistics import CONTROL, Entry, Estimate, steps_to_target, summarise
 from benchmarks.staleness_sweep.store import write_json
 from benchmarks.staleness_sweep.training import CellResult
 
 MISSING = "·"
 """Stands in tables for a pair without a finished cell"""
+SHOWN_MISSING = 12
+"""The JSON names all of them"""
 
 
 def write_report(
@@ -39,20 +41,30 @@ def tables(
     protocol: Protocol,
     target: float,
 ) -> str:
-    """Accuracy and steps to the target by method and η: mean over seeds ± 95% interval, (seeds)."""
-    by_pair = {(entry.method, entry.staleness): entry for entry in entries}
-    lines = [f"Held-out sampled accuracy after {protocol.steps} steps:", "", *_head()]
-    for method in _methods(entries):
-        cells = [_accuracy(by_pair.get((method, staleness))) for staleness in STALENESS]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    lines += ["", f"Steps to {target:g} (in how many of the seeds it was reached):", "", *_head()]
-    for method in _methods(entries):
-        cells = [_steps(by_pair.get((method, staleness)), protocol.steps) for staleness in STALENESS]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    """By method and η: mean over seeds ± 95% interval, (seeds)."""
+    lines = [
+        *_table(f"Held-out sampled accuracy after {protocol.steps} steps", entries, lambda e: _interval(e.accuracy, 3)),
+        *_table(
+            f"Steps to {target:g} (in how many of the seeds, where not in all)",
+            entries,
+            lambda e: _steps(e, protocol.steps),
+        ),
+        *_table(
+            f"Accuracy less that of `{CONTROL}` with the same seed and η",
+            [entry for entry in entries if entry.method != CONTROL],
+            lambda e: MISSING if e.gain is None else _interval(e.gain, 3, signed=True),
+        ),
+        *_table(
+            "Mismatch KL: k3 of π_prox/μ, batches of full staleness",
+            entries,
+            lambda e: MISSING if e.mismatch_kl is None else f"{e.mismatch_kl:.2g}",
+        ),
+    ]
     if missing:
-        lines += ["", f"{len(missing)} cells are not finished ({MISSING}, or fewer seeds): {', '.join(missing)}"]
+        named = ", ".join(missing[:SHOWN_MISSING]) + (", …" if len(missing) > SHOWN_MISSING else "")
+        lines += [f"{len(missing)} cells are not finished ({MISSING}, or fewer seeds): {named}", ""]
     hours = sum(result.seconds for result in results.values()) / 3600
-    return "\n".join([*lines, "", f"{len(results)} cells, {hours:.1f} h in all"])
+    return "\n".join([*lines, f"{len(results)} cells, {hours:.1f} h in all"])
 
 
 def as_json(
@@ -73,6 +85,11 @@ def as_json(
         if entry.steps_to_target is not None:
             figures[f"steps_to_target/{key}"] = round(entry.steps_to_target.mean, 1)
             figures[f"steps_to_target_ci95/{key}"] = _rounded(entry.steps_to_target.half_width, 1)
+        if entry.gain is not None and entry.method != CONTROL:
+            figures[f"gain/{key}"] = round(entry.gain.mean, 4)
+            figures[f"gain_ci95/{key}"] = _rounded(entry.gain.half_width, 4)
+        if entry.mismatch_kl is not None:
+            figures[f"mismatch_kl/{key}"] = float(f"{entry.mismatch_kl:.4g}")
     cells = [
         {**cell._asdict(), "steps_to_target": steps_to_target(result, target), **dataclasses.asdict(result)}
         for cell, result in results.items()
@@ -91,35 +108,29 @@ def as_json(
     }
 
 
-def _head() -> list[str]:
-    return [
-        f"| method | {' | '.join(f'η = {staleness}' for staleness in STALENESS)} |",
-        f"|---|{'---|' * len(STALENESS)}",
-    ]
+def _table(title: str, entries: Sequence[Entry], show: Callable[[Entry], str]) -> list[str]:
+    """Methods down, η across."""
+    by_pair = {(entry.method, entry.staleness): show(entry) for entry in entries}
+    lines = [f"{title}:", "", f"| method | {' | '.join(f'η = {staleness}' for staleness in STALENESS)} |"]
+    lines.append(f"|---|{'---|' * len(STALENESS)}")
+    for method in dict.fromkeys(entry.method for entry in entries):
+        cells = [by_pair.get((method, staleness), MISSING) for staleness in STALENESS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
-def _methods(entries: Sequence[Entry]) -> list[str]:
-    return [method for method in METHODS if any(entry.method == method for entry in entries)]
-
-
-def _accuracy(entry: Entry | None) -> str:
-    return MISSING if entry is None else _with_interval(entry.accuracy, 3)
-
-
-def _steps(entry: Entry | None, steps: int) -> str:
-    if entry is None:
-        return MISSING
+def _steps(entry: Entry, steps: int) -> str:
     if entry.steps_to_target is None:
         return f"> {steps} (0/{entry.accuracy.count})"
-    mean = f"{entry.steps_to_target.mean:.0f}"
     if entry.reached == entry.accuracy.count:
-        return _with_interval(entry.steps_to_target, 0)
-    return f"{mean} ({entry.reached}/{entry.accuracy.count})"
+        return _interval(entry.steps_to_target, 0)
+    return f"{entry.steps_to_target.mean:.0f} ({entry.reached}/{entry.accuracy.count})"
 
 
-def _with_interval(estimate: Estimate, digits: int) -> str:
+def _interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
+    mean = f"{estimate.mean:+.{digits}f}" if signed else f"{estimate.mean:.{digits}f}"
     half_width = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}{half_width} ({estimate.count})"
+    return f"{mean}{half_width} ({estimate.count})"
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

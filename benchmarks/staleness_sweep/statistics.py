@@ -13,6 +13,9 @@ from benchmarks.staleness_sweep.training import CellResult
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95%, by degrees of freedom from 1"""
 NORMAL_975 = 1.960
+CONTROL = "none"
+"""What corrections are compared with"""
+MISMATCH = "mismatch/k3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class Entry:
     """Seeds whose curve reached the target"""
     steps_to_target: Estimate | None
     """Over the seeds that reached it; None where none did"""
+    gain: Estimate | None
+    """Accuracy less that of ``none`` at the same η, seed by seed; None where no seed has both"""
+    mismatch_kl: float | None
+    """k3 of π_prox/μ, mean over batches of full staleness and seeds; None where no batch was so stale"""
 
 
 def steps_to_target(result: CellResult, target: float) -> int | None:
@@ -57,20 +64,24 @@ def steps_to_target(result: CellResult, target: float) -> int | None:
 
 def summarise(results: Mapping[Cell, CellResult], target: float) -> list[Entry]:
     """By method, then staleness; pairs without a finished cell are left out."""
-    entries = []
-    for method in METHODS:
-        for staleness in STALENESS:
-            cells = [r for cell, r in results.items() if (cell.method, cell.staleness) == (method, staleness)]
-            if not cells:
-                continue
-            steps = [s for result in cells if (s := steps_to_target(result, target)) is not None]
-            entries.append(
-                Entry(
-                    method=method,
-                    staleness=staleness,
-                    accuracy=Estimate.of([result.accuracy for result in cells]),
-                    reached=len(steps),
-                    steps_to_target=Estimate.of(steps) if steps else None,
-                )
-            )
-    return entries
+    pairs = [(method, staleness) for method in METHODS for staleness in STALENESS]
+    by_pair = {pair: {c.seed: r for c, r in results.items() if (c.method, c.staleness) == pair} for pair in pairs}
+    return [_entry(pair, cells, by_pair[CONTROL, pair[1]], target) for pair, cells in by_pair.items() if cells]
+
+
+def _entry(
+    pair: tuple[str, int], cells: Mapping[int, CellResult], control: Mapping[int, CellResult], target: float
+) -> Entry:
+    """One pair's; ``cells`` and ``control`` are by seed."""
+    steps = [s for result in cells.values() if (s := steps_to_target(result, target)) is not None]
+    gains = [cells[seed].accuracy - control[seed].accuracy for seed in cells if seed in control]
+    mismatches = [r.metrics[MISMATCH] for r in cells.values() if MISMATCH in r.metrics]
+    return Entry(
+        method=pair[0],
+        staleness=pair[1],
+        accuracy=Estimate.of([result.accuracy for result in cells.values()]),
+        reached=len(steps),
+        steps_to_target=Estimate.of(steps) if steps else None,
+        gain=Estimate.of(gains) if gains else None,
+        mismatch_kl=statistics.fmean(mismatches) if mismatches else None,
+    )

@@ -74,6 +74,14 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing_and_says_so(
     assert (directory / "out.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(arguments(tmp_path, "tis-eta[01]-*", jobs=2), SMALL)
+    printed = capsys.readouterr().out
+    assert "[2/2]" in printed
+    assert "not finished" not in printed
+
+
 def test_cells_of_another_protocol_are_refused(tmp_path: Path) -> None:
     Store(tmp_path, SMALL)
     with pytest.raises(ValueError, match=r"'steps': \(4, 120\)"):
@@ -111,3 +119,22 @@ def test_a_target_that_was_not_reached_is_not_averaged_away() -> None:
     assert "| tis | 10 (1/2) | · |" in text
     assert "| none | · | · | > 120 (0/1) |" in text
     assert "1 cells are not finished" in text
+
+
+def test_methods_are_compared_with_no_correction_seed_by_seed() -> None:
+    """Seeds differ more than methods do: paired differences have the narrower interval."""
+    accuracies = {"none": [0.3, 0.6, 0.9], "tis": [0.4, 0.7, 1.0]}
+    results = {
+        Cell(method, 4, seed): CellResult(accuracy=accuracy)
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    }
+    tis = next(entry for entry in summarise(results, 0.6) if entry.method == "tis")
+    assert tis.gain is not None
+    assert (tis.gain.mean, tis.gain.half_width) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
+    assert tis.accuracy.half_width is not None
+    assert tis.accuracy.half_width > 0.7
+    del results[Cell("none", 4, 1)]
+    paired = next(entry for entry in summarise(results, 0.6) if entry.method == "tis").gain
+    assert paired is not None
+    assert paired.count == 2
