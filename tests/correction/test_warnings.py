@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,13 @@ def test_every_mismatch_figure_of_a_mixed_batch_has_its_floor() -> None:
     assert {name.removesuffix("/floor") for name in beside} == figures
     assert beside["mismatch/abs_logp_diff_max/floor"] == pytest.approx(1e-4, rel=1e-2)
     assert metrics["mismatch/abs_logp_diff_max"] == pytest.approx(0.5)
+
+
+def test_the_guide_lists_every_warning_with_its_metric_or_threshold() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "off-policy.md").read_text()
+    rows = {line.split("`")[1]: line for line in guide.splitlines() if line.startswith("| `")}
+    for rule in RULES:
+        assert rule.name in rows, rule.name
+        bounds = [f"{bound:g}" for bound in (rule.lowest, rule.highest) if math.isfinite(bound)]
+        if rule.name not in ("broken_loss", "catastrophic_token"):  # which are in words
+            assert all(bound in rows[rule.name] for bound in bounds), (rows[rule.name], bounds)
