@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cispo": {"preset": "cispo"},
     "ppo": {"preset": "ppo", **DEMO_CLIP},
 }
-"""By preset. ``ppo`` clips around the sampler (naive PPO in arXiv 2505.24298): a baseline, and so the last to run"""
+"""By preset. ``ppo`` clips around the sampler (naive PPO in arXiv 2505.24298): a baseline, and so the last of its seed to run"""
 BASELINES = ("ppo",)
 
 
@@ -67,14 +67,13 @@ class Protocol:
 
 
 def grid(seeds: Sequence[int], patterns: Sequence[str] = ("*",)) -> Iterator[Cell]:
-    """The cells that match, one seed after the other, then the baselines: what is done first can stand alone."""
-    for baselines in (False, True):
-        for seed in seeds:
+    """The cells that match, one seed after the other, its baselines last: what is done first can stand alone."""
+    methods = [method for method in METHODS if method not in BASELINES]
+    for seed in seeds:
+        for group in (methods, BASELINES):
             for staleness in STALENESS:
-                for method in METHODS:
-                    cell = Cell(method, staleness, seed)
-                    if (method in BASELINES) == baselines and any(fnmatch(cell.name, p) for p in patterns):
-                        yield cell
+                cells = (Cell(method, staleness, seed) for method in group)
+                yield from (cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in patterns))
 
 
 def warm_start_config(seed: int, protocol: Protocol) -> Config:
