@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cispo": {"preset": "cispo"},
     "ppo": {"preset": "ppo", **DEMO_CLIP},
 }
-"""By preset. ``ppo`` clips around the sampler (naive PPO in arXiv 2505.24298): a baseline, and so the last of its seed to run"""
+"""By preset. ``ppo`` clips around the sampler (naive PPO in arXiv 2505.24298): a baseline, last of its seed to run"""
 BASELINES = ("ppo",)
 
 
