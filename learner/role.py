@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from slime_async.config import Config
+from slime_async.correction.floor import MismatchFloor
+from slime_async.correction.warnings import WarningLog
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
 from slime_async.learner.loop import SilentOutlet, take_snapshot, train
 from slime_async.learner.publisher import Publisher, Snapshot
@@ -54,10 +56,15 @@ CALL_TIMEOUT_S = 60.0
 class HubOutlet:
     """Rank 0's way out: commits and metrics to hub and files, weights to the publisher."""
 
-    def __init__(self, config: Config, client: BlockingClient, publisher: Publisher, run_directory: Path) -> None:
+    def __init__(
+        self, config: Config, client: BlockingClient, publisher: Publisher, events: EventLog, run_directory: Path
+    ) -> None:
         self._config = config
         self._client = client
         self._publisher = publisher
+        self._events = events
+        self._floor = MismatchFloor()
+        self._warnings = WarningLog(config.algorithm)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl")
         self._report: Report = {}
 
@@ -76,7 +83,11 @@ class HubOutlet:
                 "engines": times.engines,
                 "requests_in_flight_at_update": times.requests_in_flight,
             }
+        metrics |= self._floor.beside(metrics)
         self._metrics.write(step, metrics)
+        for finding in self._warnings.check(step, metrics):
+            log.warning("step %d: %s", step, finding.message)
+            self._events.write("warning", step=step, **finding.fields())
         shown = ("reward_mean", "loss", "staleness_mean", "staleness_max", "learner_tokens_per_s")
         self._report = {name: metrics[name] for name in shown}
         self.begin("lease", step + 1)
@@ -144,7 +155,7 @@ class Learner:
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
-            self._outlet = HubOutlet(self._config, self._client, self._publisher, self._run_directory)
+            self._outlet = HubOutlet(self._config, self._client, self._publisher, self._events, self._run_directory)
             self._phases(trainer)
             self._client.call(Finish("the run is complete"), call_timeout_s(self._config), retry=True)
         finally:

@@ -14,7 +14,7 @@ from slime_async.correction.weights import dropped_weight
 
 def decoupled_ppo(case: dict[str, Any], inputs: Inputs, defaults: dict[str, Any]) -> dict[str, Any]:
     ppo = {**defaults, **case["ppo"]}
-    cap = case["behav_imp_weight_cap"]
+    cap = case.get("behav_imp_weight_cap", defaults.get("behav_imp_weight_cap"))  # None in a case is no cap
     prox_over_behavior = ratio(log_ratio(inputs.prox, inputs.behavior, inputs.mask), LOG_RATIO_LIMIT)
     weight = dropped_weight(prox_over_behavior, upper=math.inf if cap is None else cap) * inputs.mask
     log_current_over_prox = log_ratio(inputs.current, inputs.prox, inputs.mask)

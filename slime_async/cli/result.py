@@ -21,6 +21,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         ("staleness max / bound", None if s.staleness_max is None else f"{s.staleness_max} / {s.staleness_bound}"),
         ("staleness mean", None if s.staleness_mean is None else f"{s.staleness_mean:.2f}"),
         ("tokens masked as stale", f"{s.tokens_masked_as_stale:,}"),
+        ("mismatch KL, last steps (floor)", _with_floor(s.mismatch_kl, s.mismatch_kl_floor)),
+        ("warnings", ", ".join(s.warnings) or None),
         ("generation and training overlap", _percent(s.overlap_fraction)),
         ("updates that met requests in flight", f"{s.updates_with_requests_in_flight} of {s.steps}"),
         ("deaths of hub, learner, actors", f"{s.hub_deaths}, {s.learner_deaths}, {s.actor_deaths}"),
@@ -48,3 +50,9 @@ def _percent(value: float | None) -> str | None:
 
 def _pair(first: float | None, last: float | None) -> str | None:
     return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+
+
+def _with_floor(value: float | None, floor: float | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value:.2g}" if floor is None else f"{value:.2g} ({floor:.2g})"

@@ -20,7 +20,19 @@ from pydantic import Field, PositiveFloat, model_validator
 from slime_async.config.base import Section
 
 PresetName = Literal[
-    "decoupled-ppo", "ppo", "tis", "tis-sequence", "icepop", "mis", "m2po", "cispo", "gspo", "reinforce", "topr", "none"
+    "decoupled-ppo",
+    "areal-decoupled",
+    "ppo",
+    "tis",
+    "tis-sequence",
+    "icepop",
+    "mis",
+    "m2po",
+    "cispo",
+    "gspo",
+    "reinforce",
+    "topr",
+    "none",
 ]
 Advantage = Literal["grpo", "grpo-no-std", "rloo", "reinforce++", "reinforce++-baseline"]
 ProxSource = Literal["recompute", "bypass", "interpolate"]
@@ -37,6 +49,7 @@ _RATIO_OBJECTIVES: Final = ("ppo-clip", "gspo", "gspo-token")
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # arXiv 2505.24298, eq. 5: clip around π_prox, weight π_prox/μ, tokens above the cap dropped
     "decoupled-ppo": {},
+    "areal-decoupled": {},
     # arXiv 1707.06347 on stale data as it is: the clip is around μ
     "ppo": {"prox": "bypass", "weight": "none"},
     # truncated importance sampling of the engine's mismatch: https://fengyao.notion.site/off-policy-rl

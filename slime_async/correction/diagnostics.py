@@ -3,7 +3,7 @@
 Two distances are kept apart, because their cures differ: ``mismatch`` is π_prox/μ, what staleness and the engine's
 numerics did before the update; ``policy`` is π_θ/π_prox, what the update itself did. Ratios here are not clamped (only
 kept within e^±300, in float64): an effective sample size after clamping reads too high. All are over sampled tokens,
-stale ones included, and most also by staleness. Metrics, each a key of ``MetricSums.finalise()``:
+stale ones included, and each also by staleness. Metrics, each a key of ``MetricSums.finalise()``:
 
 ======================================  ===============================================================================
 ``<which>/ratio_{mean,std,min,max}``    the token's ratio, before truncation
@@ -36,9 +36,6 @@ from slime_async.correction.ratios import LOG_RATIO_LIMIT, Sequences, ratio
 STALENESS_EDGES = (1, 2, 4, 8)
 STALENESS_LABELS = ("0", "1", "2-3", "4-7", "8+")
 """Buckets of staleness, in versions; doubling, since what differs between 8 and 9 is small"""
-
-BUCKETED = ("tokens", "mismatch/", "policy/k3", "policy/clip_fraction", "weight/mean", "correction/")
-"""Which metrics are also given by staleness, by how their names start"""
 
 SUM_NAMES = (
     "tokens",
@@ -116,9 +113,7 @@ class MetricSums:
             by_sum = dict(zip(SUM_NAMES, sums[:, column].tolist(), strict=True))
             by_max = dict(zip(MAX_NAMES, maxima[:, column].tolist(), strict=True))
             if by_sum["tokens"] > 0:
-                chosen = "" if column == 0 else BUCKETED
-                divided = _divide(by_sum, by_max).items()
-                metrics |= {f"{name}{label}": value for name, value in divided if name.startswith(chosen)}
+                metrics |= {f"{name}{label}": value for name, value in _divide(by_sum, by_max).items()}
         return metrics
 
 

@@ -37,7 +37,8 @@ def divergence_mask(
 ) -> Tensor:
     """Keeps tokens, or whole sequences, whose statistic is within bounds, [T]. Source: verl, ``rollout_rs``.
 
-    The mean of k1 with ratio bounds is rejection by the geometric mean. A sequence without sampled tokens is kept.
+    The mean of k1 with ratio bounds is rejection by the geometric mean. A sequence without sampled tokens is kept. No
+    preset rejects; verl's examples take 0.5 … 2 for tokens and 1 ± 0.001 for geometric means, which average noise away.
     """
     value = divergence(log_prox_over_behavior, statistic)
     if rejection == "sequence-sum":
@@ -54,7 +55,10 @@ def divergence_mask(
 
 
 def veto_mask(log_prox_over_behavior: Tensor, mask: Tensor, sequences: Sequences, threshold: float) -> Tensor:
-    """Rejects sequences with any token whose π_prox/μ is below ``threshold``, [T]. Source: slime, ``rs_veto``."""
+    """Rejects sequences with any token whose π_prox/μ is below ``threshold``, [T]; off unless set, 1e-4 is common.
+
+    Source: slime, ``rs_veto_threshold``; verl, ``rollout_token_veto_threshold``.
+    """
     catastrophic = (log_prox_over_behavior < math.log(threshold)) & (mask > 0)
     return 1.0 - sequences.spread(sequences.max(catastrophic.to(mask.dtype), mask))
 
@@ -64,8 +68,9 @@ def off_policy_sequence_mask(
 ) -> Tensor:
     """OPSM: rejects tokens with A < 0 in sequences whose mean log(π_old/π_θ) exceeds ``delta``, [T].
 
-    A sequence that the policy has moved away from, and that went badly, has nothing left to teach. Source:
-    DeepSeek-V3.2 (arXiv 2512.02556), where π_old is the sampler, so that the engine's mismatch counts, too.
+    A sequence that the policy has moved away from, and that went badly, has nothing left to teach. Off unless
+    ``delta`` is set. Source: DeepSeek-V3.2 (arXiv 2512.02556), where π_old is the sampler, so that the engine's
+    mismatch counts, too.
     """
     drifted = sequences.spread(sequences.mean(log_old_over_current, mask)) > delta
     return 1.0 - (drifted & (advantages < 0)).to(mask.dtype)

@@ -38,12 +38,19 @@ def level_log_ratio(log_prox_over_behavior: Tensor, mask: Tensor, sequences: Seq
 
 
 def truncated_weight(prox_over_behavior: Tensor, lower: float = 0.0, upper: float = math.inf) -> Tensor:
-    """min(max(r, lower), upper), r = π_prox/μ (TIS; with a lower bound slime's ``clip`` mode)."""
+    """min(max(r, lower), upper), r = π_prox/μ: a token's vote is bounded, not taken. The TIS presets have upper = 2.
+
+    Source: https://fengyao.notion.site/off-policy-rl; with a lower bound it is slime's ``clip`` mode.
+    """
     return prox_over_behavior.clamp(lower, upper)
 
 
 def dropped_weight(prox_over_behavior: Tensor, lower: float = 0.0, upper: float = math.inf) -> Tensor:
-    """r · 1[lower ≤ r ≤ upper], r = π_prox/μ (decoupled PPO's cap, IcePop, MIS)."""
+    """r · 1[lower ≤ r ≤ upper], r = π_prox/μ: what is too far off has no vote.
+
+    Sources: decoupled PPO's cap, arXiv 2505.24298 (upper = 5); IcePop, arXiv 2510.18855 ([0.5, 5]); MIS,
+    https://richardli.xyz/rl-collapse (upper = 2, of sequences).
+    """
     kept = (prox_over_behavior >= lower) & (prox_over_behavior <= upper)
     return torch.where(kept, prox_over_behavior, 0.0)
 

@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
 """Each name once. The families below have their own documentation."""
 
 FAMILIES = {
-    "mismatch/": "π_prox/μ, by slime_async.correction.diagnostics",
+    "mismatch/": "π_prox/μ, by slime_async.correction.diagnostics; with /floor, see slime_async.correction.floor",
     "policy/": "π_θ/π_prox, as above",
     "weight/": "importance weights, as above",
     "correction/": "what was masked or rejected, as above",

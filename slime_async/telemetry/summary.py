@@ -56,6 +56,14 @@ class Summary:
     actor_deaths: int
     hub_deaths: int
     learner_deaths: int
+    mismatch_kl: float | None
+    """k3 of π_prox/μ, mean over the last tenth of the steps"""
+    mismatch_kl_max: float | None
+    """Largest of any step"""
+    mismatch_kl_floor: float | None
+    """Of the run's first fresh batch: what engine and learner differ by on the same weights"""
+    warnings: tuple[str, ...]
+    """Names of the warnings that were given, in the order of their first"""
 
 
 def summarise(run: Path) -> Summary:
@@ -69,6 +77,7 @@ def summarise(run: Path) -> Summary:
     tenth = max(1, len(rewards) // 10)
     trained = _column(steps, "tokens_trained")
     in_flight = _column(steps, "requests_in_flight_at_update")
+    mismatch = _column(steps, "mismatch/k3")
     return Summary(
         outcome=str(end["outcome"]) if end else "running",
         accuracy_before=_accuracy(events, "before"),
@@ -91,6 +100,10 @@ def summarise(run: Path) -> Summary:
         actor_deaths=deaths["actor"],
         hub_deaths=deaths["hub"],
         learner_deaths=deaths["learner"],
+        mismatch_kl=_mean(mismatch[-max(1, len(mismatch) // 10) :]),
+        mismatch_kl_max=max(mismatch, default=None),
+        mismatch_kl_floor=next(iter(_column(steps, "mismatch/k3/floor")), None),
+        warnings=tuple(dict.fromkeys(str(event["name"]) for event in events if event["event"] == "warning")),
     )
 
 

@@ -65,6 +65,11 @@ def test_metrics_by_staleness_partition_the_tokens(stale):
     assert by_bucket == {"0": 0.0, "1": 3.0, "2-3": 1.0, "4-7": 1.0, "8+": 7.0}
     assert metrics["mismatch/k3/staleness_1"] < metrics["mismatch/k3/staleness_8+"]
     assert "mismatch/k3/staleness_0" not in metrics
+    names = {name for name in metrics if "staleness" not in name}
+    for label in ("1", "2-3", "4-7", "8+"):
+        bucket = {name.removesuffix(f"/staleness_{label}") for name in metrics if name.endswith(f"_{label}")}
+        # a sequence is in the bucket of its oldest token; one without any has no such figures
+        assert {name for name in names - bucket if "sequence" not in name} == set()
 
 
 def test_merging_is_what_two_all_reduces_do(packed):

@@ -22,16 +22,15 @@ VARIANTS = [
 ]
 
 
-def run(settings, columns, mask=None, ids=None, dtype=torch.float32):
+def run(settings, columns, mask=None, ids=None, dtype=torch.float32, fresh=1.0):
     """Loss, gradient and metrics; columns are (current, prox, behavior) per token."""
     config = AlgorithmConfig(**settings)
     current, prox, behavior = (torch.tensor(list(column), dtype=dtype) for column in zip(*columns, strict=True))
     ids = torch.zeros(len(columns), dtype=torch.long) if ids is None else torch.tensor(ids)
     mask = torch.ones(len(columns)) if mask is None else torch.tensor(mask)
     advantages = torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(columns))])
-    batch = PolicyBatch(
-        ids, int(ids.max()) + 1, mask, torch.ones(len(columns)), behavior, advantages, ids * 3, prox, behavior
-    )
+    weight_mask = torch.full((len(columns),), fresh)
+    batch = PolicyBatch(ids, int(ids.max()) + 1, mask, weight_mask, behavior, advantages, ids * 3, prox, behavior)
     current.requires_grad_()
     statistics = batch_statistics(config, [batch]) if config.needs_batch_statistics else None
     denominators = Denominators(float(mask.sum()), batch.num_sequences)
@@ -78,6 +77,15 @@ def test_one_token_sequences_work(settings):
     loss, gradient, _ = run(settings, [(-1.0, -1.1, -1.2), (-0.4, -0.5, -0.6)], ids=[0, 1])
     assert loss.isfinite()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_batch_that_is_all_stale_has_no_gradient_but_every_metric(settings):
+    loss, gradient, metrics = run(settings, EXTREMES, ids=[0, 0, 0, 1, 1, 2], fresh=0.0)
+    assert loss.item() == 0.0
+    assert gradient.tolist() == [0.0] * 6
+    assert (metrics["correction/stale_fraction"], metrics["correction/trained_fraction"]) == (1.0, 0.0)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_a_broken_forward_pass_is_not_hidden():

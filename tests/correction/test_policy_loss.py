@@ -159,3 +159,24 @@ def test_objectives_with_a_ratio_have_the_gradient_of_their_value(objective, pac
     ]
     for gspo, per_token in zip(*(packed.gradient(result.loss) for result in losses), strict=True):
         assert gspo == pytest.approx(per_token, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "reinforce", "weight": "truncate", "reject": "token", "reject_lower": 0.2, "reject_upper": 4.0},
+        {"dual_clip": 3.0, "weight": "drop", "aggregation": "seq-mean-token-sum"},
+        {"dual_clip": 3.0, "weight_level": "sequence", "aggregation": "seq-mean-token-sum-norm", "horizon_tokens": 9.0},
+        {"clip_low": None, "clip_high": None, "veto": 0.01, "aggregation": "seq-mean-token-mean"},
+        {"prox": "bypass", "weight": "none", "kl_coef": 0.2, "kl_form": "k2"},
+    ],
+)
+def test_losses_have_the_gradient_of_their_value_in_log_probs_and_entropy(settings, packed):
+    """Numerically, for objectives and aggregations of which the reference files have no gradients."""
+    config = AlgorithmConfig(entropy_coef=0.3, **settings)
+    entropy = (-0.5 * packed.current.detach()).requires_grad_()
+
+    def loss(current: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        return policy_loss(config, current, entropy, packed.batch, packed.denominators).loss
+
+    assert torch.autograd.gradcheck(loss, (packed.current, entropy))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from slime_async.cli.result import summary_rows
 from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.jsonl import JsonLines, read_jsonl
 from slime_async.telemetry.metrics import FAMILIES, METRICS, MetricsWriter, read_metrics
@@ -28,13 +29,16 @@ def write_run(run: Path) -> None:
     ):
         events.write("evaluation", name=name, source=source, accuracy=accuracy, tasks=tasks, failed=0, version=0)
     events.write("role_died", role="actor", process="actor-0", exit_code=-9)
+    for name, step in (("mismatch_kl", 1), ("low_ess", 1), ("mismatch_kl", 51)):
+        events.write("warning", step=step, name=name, metric="m", value=0.3, threshold=0.1, message="too much")
     metrics = MetricsWriter(run / "metrics.jsonl")
     metrics.write(0, {"loss": 9.0}, phase="warm_start")
     for step, (stale, mean, reward) in enumerate([(0, 0.0, 0.1), (1, 0.5, 0.2), (2, 1.5, 0.6)]):
         values = STEP | {"staleness_max": stale, "staleness_mean": mean, "reward_mean": reward}
+        values |= {"mismatch/k3": 0.1 * step, "mismatch/k3/floor": 1e-6}
         metrics.write(step, values)
     metrics.write(2, STEP | {"staleness_max": 2, "tokens_trained": 300, "staleness_mean": 1.0, "reward_mean": 0.8,
-                             "requests_in_flight_at_update": 17})  # fmt: skip
+                             "requests_in_flight_at_update": 17, "mismatch/k3": 0.05})  # fmt: skip
     events.write("run_finished", outcome="finished", reason="")
     recorder = SpanRecorder(run / "spans" / "learner.jsonl", "learner")
     for name, start, end in (("lease", 0, 10), ("train", 10, 30), ("commit", 30, 40), ("generate", 0, 20)):
@@ -57,6 +61,10 @@ def test_a_summary_follows_from_metrics_events_and_spans(tmp_path: Path) -> None
     assert (summary.updates_with_requests_in_flight, summary.requests_in_flight_max) == (1, 17)
     assert (summary.reward_first, summary.reward_last) == (0.1, 0.8)
     assert summary.actor_deaths == 1
+    assert (summary.mismatch_kl, summary.mismatch_kl_max, summary.mismatch_kl_floor) == (0.05, 0.1, 1e-6)
+    assert summary.warnings == ("mismatch_kl", "low_ess")
+    assert ("mismatch KL, last steps (floor)", "0.05 (1e-06)") in summary_rows(summary)
+    assert ("warnings", "mismatch_kl, low_ess") in summary_rows(summary)
     assert summary.wall_s is not None
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["accuracy_after"] == 0.9
