@@ -35,8 +35,10 @@ from slime_async.protocol import (
     Failed,
     Finish,
     GetStatus,
+    GetTime,
     Granted,
     Hello,
+    HubTime,
     Lease,
     Membership,
     Message,
@@ -54,6 +56,7 @@ from slime_async.protocol import (
 from slime_async.queue import Exhausted, LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
 from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.observer import HubObserver
 from slime_async.transport.server import Peer, Server
 
 log = logging.getLogger(__name__)
@@ -75,8 +78,15 @@ class _Actor:
 class Hub:
     """Wires peers to the queue. One instance lives in one event loop; nothing here is shared between threads."""
 
-    def __init__(self, config: Config, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        observer: HubObserver | None = None,
+    ) -> None:
         self._config = config
+        self._observer = observer or HubObserver.silent()
         self._run_id = run_id
         self._clock = clock
         self._queue = TrajectoryQueue(QueueLimits.from_config(config), TaskStream.from_config(config))
@@ -112,11 +122,12 @@ class Hub:
         """Serve until the learner finishes the run. Raises ``LearnerLost`` and whatever a background task died of."""
         serving = asyncio.create_task(self._server.serve(), name="hub server")
         watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
+        sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
-        running: set[asyncio.Task[Any]] = {serving, watching, finishing}
+        running: set[asyncio.Task[Any]] = {serving, watching, sampling, finishing}
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching):
+            for task in (serving, watching, sampling):
                 if task.done():
                     await task
             if self._failure is not None:
@@ -129,6 +140,7 @@ class Hub:
             try:
                 await asyncio.gather(*running, return_exceptions=True)  # what ended the run has been raised above
             finally:
+                self._observer.close()
                 await self._server.close()
 
     # ------------------------------------------------------------------------------------------------ membership
@@ -212,6 +224,8 @@ class Hub:
                 return await self._server.call(message.actor, message.message, message.wait_s)
             case GetStatus():
                 return self._status()
+            case GetTime():
+                return HubTime(self._observer.now_ns)
             case Finish():
                 self._finish_reason = message.reason
                 self._finished.set()
@@ -287,8 +301,10 @@ class Hub:
         """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
         for key in self._queue.take_released():
             self._payloads.pop(key, None)
-        if not self._draining and not self._drained:
+        draining = self._draining or self._drained
+        if not draining:
             self._grant()
+        self._observer.gate("drain" if draining else self._queue.admission_closed_by())
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -316,6 +332,12 @@ class Hub:
                 return ready() or None
         return result
 
+    async def _sample_regularly(self) -> None:
+        """How full the queue is, for the report."""
+        while True:
+            self._observer.sample(self._queue.statistics(self._clock()).as_report())
+            await asyncio.sleep(self._config.hub.heartbeat_interval_s)
+
     async def _watch_for_stalls(self) -> None:
         """When nothing has changed for ``hub.stall_timeout_s``, say in the log what everybody waits for."""
         while True:
@@ -336,8 +358,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
     import uvloop
 
     async def main() -> None:
-        hub = Hub(config, run_directory.name)
+        observer = HubObserver.of_run(run_directory)
+        hub = Hub(config, run_directory.name, observer=observer)
         await hub.start()
+        observer.listening()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(hub.address)
         partial.rename(ready_file)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_async.telemetry.jsonl import read_jsonl
+from slime_async.telemetry.accounting import rl_accounts
+from slime_async.telemetry.jsonl import Problem, read_jsonl
 from slime_async.telemetry.metrics import read_metrics
 from slime_async.telemetry.overlap import overlap_of_run
-from slime_async.telemetry.spans import read_spans
+from slime_async.telemetry.spans import read_tracks
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,15 @@ class Summary:
     reward_last: float | None
     """Of the last tenth"""
     actor_deaths: int
+    accounting: dict[str, dict[str, float]]
+    """While RL ran, by role: the fraction of its time that each part took; see ``slime_async.telemetry.accounting``"""
 
 
-def summarise(run: Path) -> Summary:
-    """Read what the run left, finished or not."""
-    events = list(read_jsonl(run / "events.jsonl"))
-    steps = list(read_metrics(run / "metrics.jsonl"))
+def summarise(run: Path, problem: Problem | None = None) -> Summary:
+    """Read what the run left, finished or not. ``problem`` as in ``read_jsonl``."""
+    events = list(read_jsonl(run / "events.jsonl", problem))
+    steps = list(read_metrics(run / "metrics.jsonl", problem=problem))
+    tracks = read_tracks(run / "spans", problem)
     start = _last(events, "run_started")
     end = _last(events, "run_finished")
     rewards = _column(steps, "reward_mean")
@@ -79,12 +83,13 @@ def summarise(run: Path) -> Summary:
         trajectories_trained=int(sum(_column(steps, "trajectories"))),
         tokens_trained=int(sum(trained)),
         tokens_per_s=_rate(events, steps, sum(trained)),
-        overlap_fraction=overlap_of_run(read_spans(run / "spans")),
+        overlap_fraction=overlap_of_run([span for track in tracks for span in track.spans]),
         updates_with_requests_in_flight=sum(requests > 0 for requests in in_flight),
         requests_in_flight_max=int(max(in_flight, default=0)),
         reward_first=_mean(rewards[:tenth]),
         reward_last=_mean(rewards[-tenth:]),
         actor_deaths=sum(event["event"] == "actor_died" for event in events),
+        accounting={role: side.fractions for role, side in rl_accounts(tracks).items()},
     )
 
 

@@ -95,5 +95,5 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_any_other_bad_line_is_an_erro
     path.write_bytes(path.read_bytes() + b'{"a": 2')
     assert list(read_jsonl(path)) == [{"a": 1}]
     path.write_bytes(b'{"a": \n{"a": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         list(read_jsonl(path))
