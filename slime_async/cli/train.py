@@ -24,6 +24,7 @@ from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
 from slime_async.protocol import Scalar
+from slime_async.telemetry.environment import write_environment
 from slime_async.telemetry.events import EventLog, EventName
 from slime_async.telemetry.summary import write_summary
 
@@ -49,6 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     print(f"run directory: {directory}", flush=True)
     config = prepare_model(config, directory)
     write_config(config, directory)
+    write_environment(directory)
     return train(config, directory, plan_run(config, directory))
 
 

@@ -9,6 +9,7 @@ evaluation        learner    name: before, after or supervised_only; source; acc
 actor_died        launcher   actor, exit_code
 actor_restarted   launcher   actor, restarts
 run_finished      launcher   outcome: finished, failed or interrupted; reason
+warning           all        process, level, text; repeated: so many of its kind were held back before
 ================  =========  ==============================================================================
 """
 
@@ -21,7 +22,7 @@ from typing import Literal
 from slime_async.protocol import Scalar
 from slime_async.telemetry.jsonl import JsonLines
 
-EventName = Literal["run_started", "phase", "evaluation", "actor_died", "actor_restarted", "run_finished"]
+EventName = Literal["run_started", "phase", "evaluation", "actor_died", "actor_restarted", "run_finished", "warning"]
 
 
 class EventLog:
