@@ -104,4 +104,5 @@ def train(
             "tokens_computed": float(result.tokens_computed),
             "tokens_counted": float(result.tokens_counted),
         }
-        outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})
+        with recorder.span("log", step=version):
+            outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})

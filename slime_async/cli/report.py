@@ -12,10 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory, finished or in progress")
     parser.add_argument("--output", metavar="FILE", type=Path, help="[RUN/report.html; of several runs ./report.html]")
 
+    parser.add_argument(
+        "--timeline", metavar="FILE", type=Path, help="of a single run, for Perfetto [RUN/timeline.json]"
+    )
+
 
 def run(parsed: argparse.Namespace) -> int:
     from slime_async.report.page import write_report
     from slime_async.report.run import read_runs
+    from slime_async.telemetry.timeline import write_timeline
 
     try:
         runs = read_runs(parsed.runs)
@@ -24,4 +29,7 @@ def run(parsed: argparse.Namespace) -> int:
     output = parsed.output or (parsed.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_report(runs, output)
     print(output)
+    if len(runs) == 1:
+        problems: list[str] = []
+        print(write_timeline(parsed.runs[0], parsed.timeline, problems.append))
     return 0

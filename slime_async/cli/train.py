@@ -90,12 +90,26 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     events.write("run_finished", outcome=outcome, reason=reason)
     events.close()
     summary = write_summary(directory)
+    write_views(directory)
     if summary.steps or outcome == "finished":
         print_summary(summary)
     if reason:
         print(f"slime-async: {reason}", file=sys.stderr, flush=True)
     print(f"run directory: {directory}", flush=True)
     return exit_code
+
+
+def write_views(directory: Path) -> None:
+    """The report and the timeline. A disk that is full by now costs these, not the run's result."""
+    from slime_async.report.page import write_report
+    from slime_async.report.run import read_run
+    from slime_async.telemetry.timeline import write_timeline
+
+    try:
+        write_report([read_run(directory)], directory / "report.html")
+        write_timeline(directory)
+    except OSError as error:
+        print(f"no report: {error}", file=sys.stderr, flush=True)
 
 
 def evaluate_control(config: Config, directory: Path, events: EventLog) -> None:

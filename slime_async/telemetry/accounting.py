@@ -19,7 +19,8 @@ admission               idle          nothing granted otherwise: no version publ
 ======================  =============================  ==========================================================
 part                    span                           of a learner's rank
 ======================  =============================  ==========================================================
-computing               train, snapshot, supervised    forward, backward, optimizer, and the copy of the weights
+computing               train, snapshot, supervised,   forward, backward, optimizer, the copy of the weights, and the
+                        log                            step's metrics
 queue_empty             lease                          no complete batch is there
 commit                  commit                         the hub has not acknowledged
 weight_sync             publish_stall, wait_engines    a publication is not done
@@ -56,6 +57,7 @@ PRECEDENCE: dict[ProcessRole, tuple[tuple[str, str], ...]] = {
         ("train", COMPUTING),
         ("snapshot", COMPUTING),
         ("supervised", COMPUTING),
+        ("log", COMPUTING),
         ("lease", "queue_empty"),
         ("commit", "commit"),
         ("publish_stall", "weight_sync"),

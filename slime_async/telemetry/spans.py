@@ -20,6 +20,7 @@ forward        learner    forward and backward of one optimizer step
 optimizer      learner    the rest of the step
 commit         learner    telling the hub that a batch is trained
 snapshot       learner    copying the weights out of the model
+log            learner    writing the step's metrics
 publish_stall  learner    the publication before is not done: the loop waits for it
 wait_engines   learner    waiting for engines to hold a version
 supervised     learner    the warm start, and its control
@@ -164,9 +165,10 @@ def _read(path: Path, problem: Problem | None) -> Track:
     samples.sort(key=lambda sample: sample.at_ns)
     track.clock = samples[-1] if samples else None
     for line in spans:
-        shift = offset_at(samples, line["start_ns"])  # one for both ends: durations stay as measured
         track.process = line["process"]
-        start, end = line["start_ns"] + shift, line["end_ns"] + shift
+        start, end = (
+            at + offset_at(samples, at) for at in (line["start_ns"], line["end_ns"])
+        )  # what nests, still does
         track.spans.append(Span(line["process"], line["name"], start, end, line["args"]))
     track.spans.sort(key=lambda span: (span.start_ns, span.end_ns))
     return track
