@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from slime_async.protocol import (
 )
 from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.metrics import MetricsWriter
+from slime_async.telemetry.occupancy import Occupancy
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
@@ -49,6 +51,19 @@ CLOSE_TIMEOUT_S = 1.0
 """For the publisher to stop; after a finished run it has nothing left to send."""
 CALL_TIMEOUT_S = 60.0
 """For calls that the hub answers at once."""
+KEPT = ("publish_s", "pause_to_resume_s")
+"""What not every step has anew"""
+SHOWN = (
+    "reward_mean",
+    "loss",
+    "staleness_mean",
+    "staleness_max",
+    "learner_tokens_per_s",
+    "mismatch/ess",
+    "mismatch/ratio_max",
+    *KEPT,
+)
+"""Of a step's metrics, what goes to the live view; the histogram of staleness, too"""
 
 
 class HubOutlet:
@@ -81,8 +96,8 @@ class HubOutlet:
                 "requests_in_flight_at_update": times.requests_in_flight,
             }
         self._metrics.write(step, metrics)
-        shown = ("reward_mean", "loss", "staleness_mean", "staleness_max", "learner_tokens_per_s")
-        self._report = {name: metrics[name] for name in shown}
+        shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
+        self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
         self._clock.keep()
 
@@ -128,6 +143,7 @@ class Learner:
         self._config = config
         self._run_directory = run_directory
         self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner", "learner")
+        self._supervised = Occupancy(self._recorder, "supervised")
         self._events = EventLog(run_directory / "events.jsonl")
         self._mail = _Mail()
         hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
@@ -137,7 +153,7 @@ class Learner:
     def run(self) -> None:
         try:
             self._client.set_report({"phase": "starting"})
-            trainer = Trainer.build(self._config, Path(self._config.model.path))
+            trainer = Trainer.build(self._config, Path(self._config.model.path), partial(self._progress, "loading"))
             trainer.on_phase = self._recorder.add
             self._recorder.started()
             clock = ClockKeeper(self._client, self._recorder)
@@ -159,8 +175,9 @@ class Learner:
 
     def _phases(self, trainer: Trainer) -> None:
         config = self._config
-        with self._recorder.span("supervised"):
+        with self._supervised.inside():
             warm_start(config, trainer, self._run_directory / "checkpoints", self._warm_start_progress)
+        self._supervised.close()
         self._outlet.publish(take_snapshot(trainer, WeightId(INCARNATION, 0)))
         self._client.set_report({"phase": "waiting for actors"})
         with self._recorder.span("wait_engines"):
@@ -176,7 +193,7 @@ class Learner:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
         with self._recorder.span("save"):
-            trainer.save_hf(self._run_directory / "checkpoints" / "final")
+            trainer.save_hf(self._run_directory / "checkpoints" / "final", partial(self._progress, "saving"))
 
     def _feed(self, trainer: Trainer) -> Feed:
         def check() -> None:
@@ -191,7 +208,11 @@ class Learner:
 
     def _warm_start_progress(self, phase: str, step: int, steps: int, loss: float) -> None:
         self._mail.check()
+        self._supervised.tick()
         self._client.set_report({"phase": phase, "step": step, "steps": steps, "loss": loss})
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self._client.set_report({"phase": phase, "step": done, "steps": total})
 
     def _evaluate(self, name: str) -> None:
         """Every evaluation source, by the actors; the result goes to the event log under its name."""

@@ -55,6 +55,7 @@ from slime_async.learner.sequences import (
 )
 from slime_async.packing import pack
 from slime_async.protocol import WeightManifest
+from slime_async.telemetry.progress import Progress, silent
 
 __all__ = ["StepResult", "TrainSequence", "Trainer"]
 
@@ -77,12 +78,12 @@ class Trainer:
         """Told what a training step was busy with, and when"""
 
     @classmethod
-    def build(cls, config: Config, checkpoint: Path) -> Trainer:
+    def build(cls, config: Config, checkpoint: Path, on_progress: Progress = silent) -> Trainer:
         """Join the other ranks that torchrun started (none is needed for one), and load Hugging Face weights.
 
         Raises ``ValueError`` for options, layouts and checkpoints that cannot work.
         """
-        return cls(config, build_model(config, checkpoint), checkpoint)
+        return cls(config, build_model(config, checkpoint, on_progress), checkpoint)
 
     @property
     def model(self) -> LearnerModel:
@@ -192,10 +193,14 @@ class Trainer:
         """What ``export`` yields; the same for every layout."""
         return self._model.weights.manifest()
 
-    def save_hf(self, directory: Path) -> None:
+    def save_hf(self, directory: Path, on_progress: Progress = silent) -> None:
         """Write an ordinary Hugging Face checkpoint; every rank calls this, rank 0 writes, all wait for it."""
         writes = dist.get_rank() == 0
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.export() if writes}
+        total, tensors = len(self.manifest().tensors), {}
+        for done, (name, tensor) in enumerate(self.export()):
+            on_progress(done, total)
+            if writes:
+                tensors[name] = tensor.detach().cpu().clone()
         if writes:
             write_checkpoint(directory, self._checkpoint, tensors, self._config.model.dtype)
         dist.barrier()

@@ -28,8 +28,8 @@ from slime_async.telemetry.environment import write_environment
 from slime_async.telemetry.events import EventLog, EventName
 from slime_async.telemetry.summary import write_summary
 
-Watch = Callable[[Config, str], Coroutine[Any, Any, None]]
-"""(config, the hub's address); shows progress until it is cancelled"""
+Watch = Callable[[Config, Path, str], Coroutine[Any, Any, None]]
+"""(config, run directory, the hub's address); shows progress until it is cancelled"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     exit_code, outcome, reason = 0, "finished", ""
     supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, partial(_record, events))
     try:
-        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config)), supervisor))
+        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config, directory)), supervisor))
         if stopped_by is not None:
             exit_code, outcome, reason = 128 + stopped_by, "interrupted", f"stopped by {stopped_by.name}"
         elif config.warm_start.control_steps:
@@ -118,7 +118,6 @@ def evaluate_control(config: Config, directory: Path, events: EventLog) -> None:
 
     checkpoint = directory / "checkpoints" / "supervised_only"
     for source in config.task.evaluation:
-        print(f"evaluating the supervised control on {source}", flush=True)
         result = evaluate(config, checkpoint, source, config.evaluation.tasks)
         events.write(
             "evaluation",

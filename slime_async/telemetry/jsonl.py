@@ -33,8 +33,8 @@ class JsonLines:
             self._file.close()
 
 
-def read_jsonl(path: Path, problem: Problem | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a file, none if it is absent.
+def read_jsonl(path: Path, problem: Problem | None = None, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a file, none if it is absent; with ``tail_bytes`` those that begin in so many last bytes.
 
     A last line without its end (power loss, full disk, a run in progress) is left out; any other bad line is a
     ``ValueError``, or, with ``problem``, told to it and skipped: what reports read.
@@ -42,6 +42,9 @@ def read_jsonl(path: Path, problem: Problem | None = None) -> Iterator[dict[str,
     if not path.exists():
         return
     with path.open("rb") as file:
+        if tail_bytes is not None and (skipped := path.stat().st_size - tail_bytes) > 0:
+            file.seek(skipped - 1)
+            file.readline()
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
@@ -56,3 +59,31 @@ def read_jsonl(path: Path, problem: Problem | None = None) -> Iterator[dict[str,
                 problem(text)
                 continue
             yield record
+
+
+class FollowedLines:
+    """What is appended to a file of JSON objects, as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call, none while there is no file; what is no JSON object is left out."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [record for line in whole.splitlines() if (record := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -38,6 +38,10 @@ class Occupancy:
         assert self._count > 0, f"nothing is in {self._names}"
         self._move(-1)
 
+    def tick(self) -> None:
+        """Nothing changed, but the stretch may be long enough for a piece."""
+        self._move(0)
+
     def close(self) -> None:
         with self._lock:
             self._write(time.monotonic_ns())

@@ -140,9 +140,10 @@ class Track:
         return [(span.start_ns, span.end_ns) for span in self.spans if span.name in names]
 
 
-def read_tracks(directory: Path, problem: Problem | None = None) -> list[Track]:
-    """Every process of a run that has recorded anything, by name. With ``problem`` bad lines are told and skipped."""
-    return [track for path in sorted(directory.glob("*.jsonl")) if (track := _read(path, problem)).spans]
+def read_tracks(directory: Path, problem: Problem | None = None, tail_bytes: int | None = None) -> list[Track]:
+    """Every process of a run that has recorded anything, by name. The rest as in ``read_jsonl``."""
+    paths = sorted(directory.glob("*.jsonl"))
+    return [track for path in paths if (track := _read(path, problem, tail_bytes)).spans]
 
 
 def read_spans(directory: Path) -> list[Span]:
@@ -151,11 +152,11 @@ def read_spans(directory: Path) -> list[Span]:
     return sorted(spans, key=lambda span: (span.start_ns, span.end_ns))
 
 
-def _read(path: Path, problem: Problem | None) -> Track:
+def _read(path: Path, problem: Problem | None, tail_bytes: int | None) -> Track:
     track = Track(path.stem, _guessed_role(path.stem))
     spans: list[dict[str, Any]] = []
     samples: list[ClockSample] = []
-    for line in read_jsonl(path, problem):
+    for line in read_jsonl(path, problem, tail_bytes):
         if "clock" in line:
             samples.append(ClockSample(**line["clock"]))
         elif "role" in line:
