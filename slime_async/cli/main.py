@@ -20,6 +20,7 @@ TITLE = "Fully asynchronous off-policy RL post-training of language models"
 COMMANDS = {
     "train": "start hub, actors and learner here, and train until run.steps",
     "eval": "held-out accuracy of a checkpoint",
+    "doctor": "what on this machine will not work, and what to do about it",
     "report": "a run, or several compared, as one HTML file",
     "hub": "one role: the queue, which the others connect to",
     "actor": "one role: generates trajectories",

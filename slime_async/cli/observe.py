@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from slime_async.cli.live import has_terminal, watch_live
 from slime_async.cli.progress import watch
 from slime_async.config import Config
 from slime_async.protocol import GetStatus, Hello, Message, RunStatus
@@ -15,6 +14,7 @@ CALL_TIMEOUT_S = 10.0
 
 async def observe(config: Config, directory: Path, address: str) -> None:
     """Show progress until cancelled. A lost hub ends the view with a line, not the run: the supervisor judges."""
+    from slime_async.cli.live import has_terminal, watch_live
     from slime_async.transport.client import HubClient
     from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
 
