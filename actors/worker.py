@@ -25,6 +25,7 @@ import uvloop
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
+from slime_async.actors.spans import ActorSpans
 from slime_async.config import Config
 from slime_async.protocol import (
     Deliver,
@@ -48,6 +49,7 @@ from slime_async.protocol import (
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import Trajectory, TrajectoryKey
 from slime_async.transport.client import HubClient
+from slime_async.transport.clock import keep_aligned
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import client_security
 from slime_async.transport.weight_group import WeightGroupError
@@ -69,8 +71,16 @@ class RunEnded(RuntimeError):
 class Worker:
     """One actor: one engine, one connection, and a coroutine per reservation."""
 
-    def __init__(self, config: Config, name: str, engine: EmbeddedEngine, rollout: Rollout) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        engine: EmbeddedEngine,
+        rollout: Rollout,
+        recorder: SpanRecorder | None = None,
+    ) -> None:
         self._config = config
+        self._spans = ActorSpans(recorder or SpanRecorder(None, name))
         self._name = name
         self._engine = engine
         self._rollout = rollout
@@ -105,6 +115,7 @@ class Worker:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
                 tasks.create_task(self._report_regularly(self._client), name="report")
+                tasks.create_task(keep_aligned(self._client, self._spans.recorder), name="clock")
                 tasks.create_task(self._end_when_told(), name="shutdown")
                 tasks.create_task(self._play_what_is_granted(tasks), name="grants")
         except* RunOver:
@@ -114,6 +125,7 @@ class Worker:
                 self._latest[1].cancel()
             await self._client.close()
             await self._engine.close()
+            self._spans.close()
 
     async def _end_when_told(self) -> None:
         shutdown = await self._shutdown
@@ -157,12 +169,15 @@ class Worker:
             case JoinWeightGroup():
                 await self._engine.join_weight_group(message.spec, message.rank_offset)
             case PauseEngine():
+                self._spans.pause()
                 await self._engine.pause(PauseMode(message.mode))
             case ReceiveWeights():
                 await self._engine.receive_weights(message.manifest, message.weights)
+                self._spans.received_weights()
                 return Received(self._engine.in_flight_at_update)
             case ResumeEngine():
                 await self._engine.resume()
+                self._spans.resume()
             case _:
                 raise ValueError(f"{type(message).__name__} is nothing that an actor does")
         return Ok()
@@ -187,13 +202,19 @@ class Worker:
     async def _play(self, reservation: Reservation) -> None:
         """One reservation, to its delivery or its failure; both are told to the hub, and the hub grants anew."""
         assert self._client is not None
-        with suppress(ConnectionLost):  # a hub that comes back hears of it with our Hello
-            await self._client.note(Started(reservation.key, reservation.attempt))
-        outcome = await self._rollout.run(reservation)
-        reason = outcome.reason if isinstance(outcome, RolloutFailure) else await self._deliver(outcome, reservation)
-        if reason:
-            failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
-            await self._client.call(failed, self._delivery_timeout_s, retry=True)
+        with self._spans.occupied.inside():
+            with self._spans.episodes.inside():
+                with suppress(ConnectionLost):  # a hub that comes back hears of it with our Hello
+                    await self._client.note(Started(reservation.key, reservation.attempt))
+                outcome = await self._rollout.run(reservation)
+            with self._spans.deliveries.inside():
+                if isinstance(outcome, RolloutFailure):
+                    reason = outcome.reason
+                else:
+                    reason = await self._deliver(outcome, reservation)
+                if reason:
+                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
+                    await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
 
     async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
@@ -241,7 +262,7 @@ def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) 
 
 async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
     checkpoint = Path(config.model.path)
-    with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name)) as recorder:
+    with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
         engine = EmbeddedEngine(
             checkpoint,
             engine_id=f"{name}/embedded",
@@ -253,4 +274,4 @@ async def _main(config: Config, name: str, hub_address: str, run_directory: Path
             on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
         )
         rollout = make_rollout(config, checkpoint, engine)
-        await Worker(config, name, engine, rollout).run(hub_address)
+        await Worker(config, name, engine, rollout, recorder).run(hub_address)

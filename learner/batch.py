@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,14 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
     advantages = group_advantages(config.algorithm, torch.from_numpy(rewards)).reshape(-1).numpy()
     masked = config.staleness.on_stale == "mask"
     sequences, trained_staleness, masked_tokens = [], [], 0
+    ages: Counter[int] = Counter()
     for trajectory, advantage in zip(ordered, advantages, strict=True):
         versions = trajectory.token_versions()
         sampled = versions != NOT_SAMPLED
         staleness = np.where(sampled, train_version - versions, 0)
         weight = stale_token_mask(versions, train_version, config.staleness.max_staleness) if masked else sampled
         weight_mask = np.asarray(weight, dtype=np.uint8)
+        ages.update(staleness[sampled].tolist())
         masked_tokens += int(sampled.sum() - (weight_mask > 0).sum())
         trained_staleness.append(staleness[weight_mask > 0])
         sequences.append(
@@ -71,5 +74,6 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         "staleness_max": float(staleness_of_tokens.max()) if len(staleness_of_tokens) else 0.0,
         "tokens_masked_as_stale": float(masked_tokens),
         "mixed_version_trajectories": float(sum(len(t.tokens_by_version()) > 1 for t in ordered)),
+        **{f"staleness/{age}": float(ages[age]) for age in sorted(ages)},
     }
     return PreparedBatch(sequences, metrics)

@@ -75,20 +75,24 @@ def train(
         leased = time.monotonic()
         outlet.begin("train", version)
         with recorder.span("train", step=version):
-            prepared = prepare_batch(batch.trajectories, version, config)
-            prepared.metrics["tokens_masked_as_stale"] += batch.stale_tokens_dropped
+            with recorder.span("prepare", step=version):
+                prepared = prepare_batch(batch.trajectories, version, config)
+                prepared.metrics["tokens_masked_as_stale"] += batch.stale_tokens_dropped
             result = trainer.train_policy(prepared.sequences, version)
         trained = time.monotonic()
         with recorder.span("commit", step=version):
             outlet.commit(version)
+        committed = time.monotonic()
         with recorder.span("snapshot", step=version):
             snapshot = take_snapshot(trainer, WeightId(incarnation, version + 1))
         snapshotted = time.monotonic()
-        publish_wait_s = outlet.publish(snapshot)
+        with recorder.span("publish_stall", step=version):
+            publish_wait_s = outlet.publish(snapshot)
         seconds = {
             "lease_wait_s": leased - asked,
             "train_s": trained - leased,
-            "snapshot_s": snapshotted - trained,
+            "commit_s": committed - trained,
+            "snapshot_s": snapshotted - committed,
             "publish_stall_s": publish_wait_s,
             "step_s": time.monotonic() - asked,
             "learner_tokens_per_s": prepared.metrics["batch_tokens"] / (trained - leased),
@@ -100,4 +104,5 @@ def train(
             "tokens_computed": float(result.tokens_computed),
             "tokens_counted": float(result.tokens_counted),
         }
-        outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})
+        with recorder.span("log", step=version):
+            outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})

@@ -227,7 +227,8 @@ class Publisher:
         weights = snapshot.weights
         if self._config.publish == "batch_boundary":
             self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2, retry=True)
-        group = self._join_group(engines)
+        joined, group = time.monotonic_ns(), self._join_group(engines)
+        preparing = time.monotonic_ns()
         self._tell_all(engines, lambda e: PrepareWeights(e.engine_id, weights))
         paused = time.monotonic_ns()
         self._tell_all(engines, lambda e: PauseEngine(e.engine_id, self._config.pause))
@@ -242,7 +243,15 @@ class Publisher:
         resumed = time.monotonic_ns()
         self._client.call(Published(weights), self._config.timeout_s, retry=True)
         self._recorder.add("publish", begun, resumed, version=weights.version, engines=len(engines))
-        self._recorder.add("broadcast", sent, received, version=weights.version)
+        phases = {
+            "join": (joined, preparing),
+            "prepare_sync": (preparing, paused),
+            "pause": (paused, sent),
+            "broadcast": (sent, received),
+            "resume": (received, resumed),
+        }
+        for name, (start, end) in phases.items():
+            self._recorder.add(name, start, end, version=weights.version)
         return PublishTimes(
             weights=weights,
             total_s=(resumed - begun) / 1e9,

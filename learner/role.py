@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +38,11 @@ from slime_async.protocol import (
 )
 from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.metrics import MetricsWriter
+from slime_async.telemetry.occupancy import Occupancy
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
+from slime_async.transport.clock import ClockKeeper
 from slime_async.transport.codec import DEFAULT_LIMITS
 from slime_async.transport.security import client_security
 
@@ -51,16 +54,37 @@ CLOSE_TIMEOUT_S = 1.0
 """For the publisher to stop; after a finished run it has nothing left to send."""
 CALL_TIMEOUT_S = 60.0
 """For calls that the hub answers at once, where it is there."""
+KEPT = ("publish_s", "pause_to_resume_s")
+"""What not every step has anew"""
+SHOWN = (
+    "reward_mean",
+    "loss",
+    "staleness_mean",
+    "staleness_max",
+    "learner_tokens_per_s",
+    "mismatch/ess",
+    "mismatch/ratio_max",
+    *KEPT,
+)
+"""Of a step's metrics, what goes to the live view; the histogram of staleness, too"""
 
 
 class HubOutlet:
     """Rank 0's way out: commits and metrics to hub and files, weights to the publisher."""
 
     def __init__(
-        self, config: Config, client: BlockingClient, publisher: Publisher, events: EventLog, run_directory: Path
+        self,
+        config: Config,
+        client: BlockingClient,
+        publisher: Publisher,
+        events: EventLog,
+        run_directory: Path,
+        clock: ClockKeeper,
     ) -> None:
         self._config = config
         self._client = client
+        self._clock = clock
+        clock.keep()
         self._publisher = publisher
         self._events = events
         self._floor = MismatchFloor()
@@ -87,10 +111,11 @@ class HubOutlet:
         self._metrics.write(step, metrics)
         for finding in self._warnings.check(step, metrics):
             log.warning("step %d: %s", step, finding.message)
-            self._events.write("warning", step=step, **finding.fields())
-        shown = ("reward_mean", "loss", "staleness_mean", "staleness_max", "learner_tokens_per_s")
-        self._report = {name: metrics[name] for name in shown}
+            self._events.write("step_warning", step=step, **finding.fields())
+        shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
+        self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
+        self._clock.keep()
 
     def begin(self, activity: str, step: int) -> None:
         """For the live view: what the learner does now."""
@@ -133,7 +158,8 @@ class Learner:
     def __init__(self, config: Config, hub_address: str, run_directory: Path) -> None:
         self._config = config
         self._run_directory = run_directory
-        self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner")
+        self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner", "learner")
+        self._supervised = Occupancy(self._recorder, "supervised")
         self._events = EventLog(run_directory / "events.jsonl")
         self._mail = _Mail()
         hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
@@ -149,13 +175,18 @@ class Learner:
     def run(self) -> None:
         try:
             self._client.set_report({"phase": "starting"})
-            trainer = Trainer.build(self._config, Path(self._config.model.path))
+            trainer = Trainer.build(self._config, Path(self._config.model.path), partial(self._progress, "loading"))
+            trainer.on_phase = self._recorder.add
+            self._recorder.started()
+            clock = ClockKeeper(self._client, self._recorder)
             self._publisher = Publisher(
                 self._client, self._config.weights, weight_backend(self._config, trainer), self._recorder
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
-            self._outlet = HubOutlet(self._config, self._client, self._publisher, self._events, self._run_directory)
+            self._outlet = HubOutlet(
+                self._config, self._client, self._publisher, self._events, self._run_directory, clock
+            )
             self._phases(trainer)
             self._client.call(Finish("the run is complete"), call_timeout_s(self._config), retry=True)
         finally:
@@ -168,20 +199,25 @@ class Learner:
 
     def _phases(self, trainer: Trainer) -> None:
         config = self._config
-        warm_start(config, trainer, self._run_directory / "checkpoints", self._warm_start_progress)
+        with self._supervised.inside():
+            warm_start(config, trainer, self._run_directory / "checkpoints", self._warm_start_progress)
+        self._supervised.close()
         self._outlet.publish(take_snapshot(trainer, WeightId(INCARNATION, 0)))
         self._client.set_report({"phase": "waiting for actors"})
-        self._publisher.wait_published(0, config.actor.startup_timeout_s)
+        with self._recorder.span("wait_engines"):
+            self._publisher.wait_published(0, config.actor.startup_timeout_s)
         if config.evaluation.before:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
         train(config, trainer, self._feed(trainer), self._outlet, self._recorder, incarnation=INCARNATION)
         self._events.write("phase", name="rl", done=True)
-        self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
+        with self._recorder.span("wait_engines"):
+            self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
-        trainer.save_hf(self._run_directory / "checkpoints" / "final")
+        with self._recorder.span("save"):
+            trainer.save_hf(self._run_directory / "checkpoints" / "final", partial(self._progress, "saving"))
 
     def _feed(self, trainer: Trainer) -> Feed:
         def check() -> None:
@@ -201,7 +237,11 @@ class Learner:
 
     def _warm_start_progress(self, phase: str, step: int, steps: int, loss: float) -> None:
         self._mail.check()
+        self._supervised.tick()
         self._client.set_report({"phase": phase, "step": step, "steps": steps, "loss": loss})
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self._client.set_report({"phase": phase, "step": done, "steps": total})
 
     def _evaluate(self, name: str) -> None:
         """Every evaluation source, by the actors; the result goes to the event log under its name."""
@@ -210,7 +250,8 @@ class Learner:
             self._client.set_report({"phase": f"evaluation_{name}"})
             message = Evaluate(f"{name}/{source}", source, self._config.evaluation.tasks, wait_s)
             begun = time.monotonic()
-            result = self._client.call(message, wait_s + call_timeout_s(self._config), retry=True)
+            with self._recorder.span("evaluate", evaluation=name, source=source):
+                result = self._client.call(message, wait_s + call_timeout_s(self._config), retry=True)
             assert isinstance(result, EvaluationResult)
             self._events.write(
                 "evaluation",
@@ -239,9 +280,13 @@ def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:
 
 def follow(config: Config, run_directory: Path) -> None:
     """Every rank but the first: the same phases, with batches from rank 0 and nothing to say."""
-    with closing(SpanRecorder(run_directory / "spans" / f"learner-{os.environ['RANK']}.jsonl", "learner")) as recorder:
+    name = f"learner-{os.environ['RANK']}"
+    with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "learner")) as recorder:
         trainer = Trainer.build(config, Path(config.model.path))
-        warm_start(config, trainer, run_directory / "checkpoints", lambda *_: None)
+        trainer.on_phase = recorder.add
+        recorder.started()
+        with recorder.span("supervised"):
+            warm_start(config, trainer, run_directory / "checkpoints", lambda *_: None)
         take_snapshot(trainer, WeightId(INCARNATION, 0))
         feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
         train(config, trainer, feed, SilentOutlet(), recorder, incarnation=INCARNATION)

@@ -12,7 +12,9 @@ All ranks call the same methods with the same arguments: each works on its own s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +55,12 @@ from slime_async.learner.sequences import (
 )
 from slime_async.packing import pack
 from slime_async.protocol import WeightManifest
+from slime_async.telemetry.progress import Progress, silent
 
 __all__ = ["StepResult", "TrainSequence", "Trainer"]
+
+PhaseSpan = Callable[[str, int, int], None]
+"""Called with a phase (prox, forward, optimizer), its start and its end by ``time.monotonic_ns``"""
 
 
 class Trainer:
@@ -68,14 +74,16 @@ class Trainer:
         self._learning_rate = config.learner.learning_rate
         self._steps = 0
         self._reference: list[Tensor] | None = None
+        self.on_phase: PhaseSpan | None = None
+        """Told what a training step was busy with, and when"""
 
     @classmethod
-    def build(cls, config: Config, checkpoint: Path) -> Trainer:
+    def build(cls, config: Config, checkpoint: Path, on_progress: Progress = silent) -> Trainer:
         """Join the other ranks that torchrun started (none is needed for one), and load Hugging Face weights.
 
         Raises ``ValueError`` for options, layouts and checkpoints that cannot work.
         """
-        return cls(config, build_model(config, checkpoint), checkpoint)
+        return cls(config, build_model(config, checkpoint, on_progress), checkpoint)
 
     @property
     def model(self) -> LearnerModel:
@@ -104,8 +112,9 @@ class Trainer:
         algorithm, learner = self._config.algorithm, self._config.learner
         minibatches = split_minibatches([s.group for s in sequences], learner.optimizer_steps)
         needs_prox = algorithm.prox == "recompute" and (learner.optimizer_steps > 1 or algorithm.needs_batch_statistics)
-        prox = self.logprobs([s.token_ids for s in sequences]) if needs_prox else None
-        reference = self._reference_logprobs(sequences, version)
+        with self._phase("prox", needs_prox or algorithm.needs_reference):
+            prox = self.logprobs([s.token_ids for s in sequences]) if needs_prox else None
+            reference = self._reference_logprobs(sequences, version)
         statistics = None
         if algorithm.needs_batch_statistics:
             statistics = batch_statistics(algorithm, [policy_batch(sequences, prox, None, torch.device("cpu"))])
@@ -184,10 +193,14 @@ class Trainer:
         """What ``export`` yields; the same for every layout."""
         return self._model.weights.manifest()
 
-    def save_hf(self, directory: Path) -> None:
+    def save_hf(self, directory: Path, on_progress: Progress = silent) -> None:
         """Write an ordinary Hugging Face checkpoint; every rank calls this, rank 0 writes, all wait for it."""
         writes = dist.get_rank() == 0
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.export() if writes}
+        total, tensors = len(self.manifest().tensors), {}
+        for done, (name, tensor) in enumerate(self.export()):
+            on_progress(done, total)
+            if writes:
+                tensors[name] = tensor.detach().cpu().clone()
         if writes:
             write_checkpoint(directory, self._checkpoint, tensors, self._config.model.dtype)
         dist.barrier()
@@ -239,7 +252,16 @@ class Trainer:
 
         microbatches = self._share([s.token_ids for s in sequences], computed)
         rate = self._warmed_up_rate(self._steps)
-        norm = optimize(self._model, lambda: run_microbatches(self._model, microbatches, loss), rate)
+        ends: list[int] = []
+
+        def accumulate() -> None:
+            with self._phase("forward"):
+                run_microbatches(self._model, microbatches, loss)
+            ends.append(time.monotonic_ns())
+
+        norm = optimize(self._model, accumulate, rate)
+        if self.on_phase is not None:
+            self.on_phase("optimizer", ends[0], time.monotonic_ns())
         self._steps += 1
         joined = MetricSums(
             sum_over_data_and_pipeline(sums[0].sums),
@@ -247,6 +269,13 @@ class Trainer:
         )
         tokens = sum(len(sequences[i].token_ids) for i in computed)
         return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined
+
+    @contextmanager
+    def _phase(self, name: str, happens: bool = True) -> Iterator[None]:
+        begun = time.monotonic_ns()
+        yield
+        if self.on_phase is not None and happens:
+            self.on_phase(name, begun, time.monotonic_ns())
 
     def _share(self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int]) -> list[Microbatch]:
         """This DP rank's microbatches of the chosen sequences."""

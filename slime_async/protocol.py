@@ -26,6 +26,7 @@ Relay               learner ──► hub       the reply of the actor to the me
   ReceiveWeights    … ──► actor           Received, when the new weights are in use
   ResumeEngine      … ──► actor           Ok
 GetStatus           any ──► hub           RunStatus
+GetTime             any ──► hub           HubTime
 Finish              learner ──► hub       Ok; the hub tells everyone to leave
 Shutdown            hub ──► any           (note) leave now, and why
 ==================  ====================  ============================================================
@@ -357,6 +358,17 @@ class Relay(Message):
 @dataclass(frozen=True, slots=True)
 class GetStatus(Message):
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class GetTime(Message):
+    """What time the hub has, to lay the spans of several machines over each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubTime(Message):
+    time_ns: int
+    """Since the Unix epoch"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,10 @@ from slime_async.protocol import (
     Failed,
     Finish,
     GetStatus,
+    GetTime,
     Granted,
     Hello,
+    HubTime,
     Lease,
     Membership,
     Message,
@@ -55,6 +57,7 @@ from slime_async.protocol import (
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
 from slime_async.transport.store import Store
@@ -90,12 +93,14 @@ class Hub:
         run_id: str,
         run_directory: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observer: HubObserver | None = None,
     ) -> None:
         """Opens the journal in ``run_directory``, if there is one to be kept, and goes on where it ends.
 
         Raises ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
         """
         self._config = config
+        self._observer = observer or HubObserver.silent()
         self._run_id = run_id
         self._clock = clock
         self._store = Store.open(config, run_directory, on_failure=self._fail)
@@ -137,11 +142,12 @@ class Hub:
         watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
         telling = asyncio.create_task(self._tell_learner_members(), name="hub members")
         returning = asyncio.create_task(self._await_old_peers(), name="hub return")
+        sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
-        running: set[asyncio.Task[Any]] = {serving, watching, telling, finishing, returning}
+        running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, finishing, returning}
         try:
             await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching, telling):
+            for task in (serving, watching, telling, sampling):
                 if task.done():
                     await task
             if self._failure is not None:
@@ -158,6 +164,7 @@ class Hub:
                 try:
                     await asyncio.gather(*running, return_exceptions=True)  # what ended the run is being raised
                 finally:
+                    self._observer.close()
                     await self._server.close()
                     await self._store.close()
 
@@ -267,6 +274,8 @@ class Hub:
                 return await self._relay(message)
             case GetStatus():
                 return self._status()
+            case GetTime():
+                return HubTime(self._observer.now_ns)
             case Finish():
                 self._finish_reason = message.reason
                 self._finished.set()
@@ -347,9 +356,10 @@ class Hub:
 
     def _wake(self) -> None:
         """Something changed: hand out what may be handed out now, free what is no longer needed, wake who waits."""
-        held_back = self._draining or self._drained or self._waits_for_old_peers
-        if not held_back and not self._finished.is_set():
+        held_back = self._draining or self._drained
+        if not held_back and not self._waits_for_old_peers and not self._finished.is_set():
             self._grant()
+        self._observer.gate("drain" if held_back else self._queue.admission_closed_by())
         self._store.stage()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -378,6 +388,12 @@ class Hub:
                 return ready() or None
         return result
 
+    async def _sample_regularly(self) -> None:
+        """How full the queue is, for the report."""
+        while True:
+            self._observer.sample(self._queue.statistics(self._clock()).as_report())
+            await asyncio.sleep(self._config.hub.heartbeat_interval_s)
+
     async def _watch_for_stalls(self) -> None:
         """When nothing has changed for ``hub.stall_timeout_s``, say in the log what everybody waits for."""
         while True:
@@ -398,8 +414,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
     import uvloop
 
     async def main() -> None:
-        hub = Hub(config, run_directory.name, run_directory)
+        observer = HubObserver.of_run(run_directory)
+        hub = Hub(config, run_directory.name, run_directory, observer=observer)
         await hub.start()
+        observer.listening()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(hub.address)
         partial.rename(ready_file)

@@ -27,6 +27,7 @@ from slime_async.learner.megatron.layers import block_spec, has_transformer_engi
 from slime_async.learner.megatron.options import Layout, MegatronOptions, check_layout, parse_options
 from slime_async.learner.megatron.parallel import initialize, world_size_from_environment
 from slime_async.learner.megatron.weights import WeightMap
+from slime_async.telemetry.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LearnerModel:
         return 2 * self.layout.context if self.layout.context > 1 else 1
 
 
-def build_model(config: Config, checkpoint: Path) -> LearnerModel:
+def build_model(config: Config, checkpoint: Path, on_progress: Progress = silent) -> LearnerModel:
     """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed."""
     architecture = Architecture.read(checkpoint)
     options = parse_options(config.megatron, world_size_from_environment())
@@ -66,7 +67,7 @@ def build_model(config: Config, checkpoint: Path) -> LearnerModel:
     module = _gpt_model(architecture, model_config, options.layout)
     layers = architecture.layers // options.layout.pipeline
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
-    WeightMap(architecture, module, first_layer, layers).load(checkpoint)
+    WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
     ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)
     return LearnerModel(
         architecture=architecture,

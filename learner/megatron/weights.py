@@ -20,6 +20,7 @@ from torch import Tensor
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
 from slime_async.protocol import TensorSpec, WeightManifest
+from slime_async.telemetry.progress import Progress, silent
 
 
 def manifest(model: Architecture, dtype: torch.dtype) -> WeightManifest:
@@ -76,10 +77,11 @@ class WeightMap:
         return manifest(self._architecture, self._dtype)
 
     @torch.no_grad()
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, on_progress: Progress = silent) -> None:
         """Fill this rank's parameters from a checkpoint. Raises ``ValueError`` for missing or misshapen tensors."""
         checkpoint = _Checkpoint(directory)
-        for name, parameter in self._parameters.items():
+        for done, (name, parameter) in enumerate(self._parameters.items()):
+            on_progress(done, len(self._parameters))
             # a tied model's last pipeline stage has its own copy of the embedding, under the output layer's name
             unit = self._units[EMBEDDING if name == OUTPUT and self._architecture.tied else name]
             rank, size = _tensor_parallel(unit)

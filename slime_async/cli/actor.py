@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
-    begin_role(parsed.name)
+    begin_role(parsed.name, parsed.run_directory)
     from slime_async.actors.worker import RunEnded, run_actor
 
     try:

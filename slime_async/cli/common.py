@@ -13,6 +13,7 @@ from typing import NoReturn
 from slime_async.cli.flags import add_config_flags, overrides
 from slime_async.config import Config, load_config
 from slime_async.guard import GUARDED, die_with_parent
+from slime_async.telemetry.warnings import record_warnings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT"""
@@ -39,9 +40,10 @@ def config_of(parsed: argparse.Namespace) -> Config:
     return load_config(parsed.config, overrides(parsed))
 
 
-def begin_role(name: str) -> None:
-    """Log to stderr, end on SIGTERM through ``finally`` blocks, and never outlive the launcher."""
+def begin_role(name: str, run_directory: Path) -> None:
+    """Log to stderr, warnings to the events, too; end on SIGTERM through ``finally``; never outlive the launcher."""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
+    record_warnings(run_directory, name)
     signal.signal(signal.SIGTERM, _leave)
     if os.environ.get(GUARDED):
         die_with_parent()

@@ -7,6 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slime_async.cli.bars import progress
 from slime_async.cli.common import config_of
 from slime_async.cli.flags import add_config_flags
 from slime_async.config import Config, ConfigError
@@ -57,4 +58,5 @@ def evaluate(config: Config, checkpoint: Path, source: str, tasks: int) -> Evalu
         threads=config.actor.threads,
         weights=WeightId(0, 0),
     )
-    return asyncio.run(evaluate_checkpoint(config, checkpoint, source, tasks, engine))
+    with progress(f"evaluating {checkpoint.name} on {source}", "tasks") as on_progress:
+        return asyncio.run(evaluate_checkpoint(config, checkpoint, source, tasks, engine, on_progress))

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
-    begin_role("hub")
+    begin_role("hub", parsed.run_directory)
     from slime_async.transport.hub import LearnerLost, run_hub
 
     try:

@@ -21,7 +21,7 @@ def run(parsed: argparse.Namespace) -> int:
             f"learner.ranks = {config.learner.ranks}, but this is one of {started}: start it with "
             f"torchrun --nproc-per-node {config.learner.ranks} -m slime_async.cli.main learner …"
         )
-    begin_role(f"learner-{os.environ['RANK']}" if started > 1 else "learner")
+    begin_role(f"learner-{os.environ['RANK']}" if started > 1 else "learner", parsed.run_directory)
     from slime_async.learner.role import run_learner
 
     run_learner(config, parsed.hub, parsed.run_directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from slime_async.cli.progress import watch
 from slime_async.config import Config
@@ -11,8 +12,9 @@ from slime_async.protocol import GetStatus, Hello, Message, RunStatus, Shutdown
 CALL_TIMEOUT_S = 10.0
 
 
-async def observe(config: Config, address: str) -> None:
+async def observe(config: Config, directory: Path, address: str) -> None:
     """Show progress until cancelled. A lost hub ends the view with a line, not the run: the supervisor judges."""
+    from slime_async.cli.live import has_terminal, watch_live
     from slime_async.transport.client import HubClient
     from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
     from slime_async.transport.security import client_security
@@ -42,7 +44,10 @@ async def observe(config: Config, address: str) -> None:
         return reply
 
     try:
-        await watch(status, _show, config.staleness.max_staleness, config.run.log_interval_s)
+        if config.run.view == "auto" and has_terminal():
+            await watch_live(status, config, directory)
+        else:
+            await watch(status, _show, config.staleness.max_staleness, config.run.log_interval_s)
     except (ConnectionLost, DeadlineExceeded, RemoteError) as error:
         if not over:
             print(f"no progress view any more: {error}", flush=True)

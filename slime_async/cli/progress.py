@@ -8,7 +8,7 @@ What the roles report with their heartbeats (``protocol.Report``), besides ``Que
 =================  ========  =============================================================================
 key                role      meaning
 =================  ========  =============================================================================
-phase              learner   starting, warm_start, evaluation_before, control, rl, evaluation_after, saving
+phase              learner   starting, loading, warm_start, evaluation_before, control, rl, evaluation_after, saving
 step, steps        learner   of this phase
 activity           learner   lease, train, publish: what it does now
 metrics' names     learner   of the last step (``slime_async.telemetry.metrics``)
@@ -28,6 +28,7 @@ from slime_async.protocol import PeerStatus, Report, RunStatus
 
 PHASES = {
     "starting": "starting",
+    "loading": "loading the model",
     "warm_start": "warm start",
     "control": "supervised control",
     "evaluation_before": "evaluation before RL",

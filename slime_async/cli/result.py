@@ -24,6 +24,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         ("mismatch KL, last steps (floor)", _with_floor(s.mismatch_kl, s.mismatch_kl_floor)),
         ("warnings", ", ".join(s.warnings) or None),
         ("generation and training overlap", _percent(s.overlap_fraction)),
+        ("the learner's time", _parts(s.accounting.get("learner"))),
+        ("the actors' time", _parts(s.accounting.get("actor"))),
         ("updates that met requests in flight", f"{s.updates_with_requests_in_flight} of {s.steps}"),
         ("deaths of hub, learner, actors", f"{s.hub_deaths}, {s.learner_deaths}, {s.actor_deaths}"),
     ]
@@ -42,6 +44,14 @@ def print_summary(summary: Summary) -> None:
     for row in summary_rows(summary):
         table.add_row(*row)
     Console().print(table)
+
+
+def _parts(fractions: dict[str, float] | None) -> str | None:
+    """From 1% on, the largest first."""
+    if not fractions:
+        return None
+    shown = sorted(((share, part) for part, share in fractions.items() if share >= 0.01), reverse=True)
+    return ", ".join(f"{part.replace('_', ' ')} {share:.0%}" for share, part in shown)
 
 
 def _percent(value: float | None) -> str | None:

@@ -1,13 +1,17 @@
 """The directory of one run: ``runs/NAME-YYYYmmdd-HHMMSS/``.
 
-config.toml     as resolved: file, flags and defaults
-logs/           stdout and stderr of every process
-journal/        events and payloads       slime_async.transport.journal
-metrics.jsonl   a line per step           slime_async.telemetry.metrics
-events.jsonl    what else happened        slime_async.telemetry.events
-spans/          when who computed         slime_async.telemetry.spans
-checkpoints/    the learner's
-summary.json    the result                slime_async.telemetry.summary
+config.toml        as resolved: file, flags and defaults
+environment.json   what it ran on              slime_async.telemetry.environment
+logs/              stdout and stderr of every process
+journal/           events and payloads         slime_async.transport.journal
+metrics.jsonl      a line per step             slime_async.telemetry.metrics
+queue.jsonl        how full the queue was      slime_async.transport.observer
+events.jsonl       what else happened          slime_async.telemetry.events
+spans/             who did what when           slime_async.telemetry.spans
+checkpoints/       the learner's
+summary.json       the result                  slime_async.telemetry.summary
+report.html        all of it, to look at       slime_async.report
+timeline.json      the spans, for Perfetto     slime_async.telemetry.timeline
 """
 
 from __future__ import annotations

@@ -24,11 +24,12 @@ from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
 from slime_async.protocol import Scalar
+from slime_async.telemetry.environment import write_environment
 from slime_async.telemetry.events import EventLog, EventName
 from slime_async.telemetry.summary import write_summary
 
-Watch = Callable[[Config, str], Coroutine[Any, Any, None]]
-"""(config, the hub's address); shows progress until it is cancelled"""
+Watch = Callable[[Config, Path, str], Coroutine[Any, Any, None]]
+"""(config, run directory, the hub's address); shows progress until it is cancelled"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     print(f"run directory: {directory}", flush=True)
     config = prepare_model(config, directory)
     write_config(config, directory)
+    write_environment(directory)
     return train(config, directory, plan_run(config, directory))
 
 
@@ -78,7 +80,7 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     exit_code, outcome, reason = 0, "finished", ""
     supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, partial(_record, events))
     try:
-        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config)), supervisor))
+        stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config, directory)), supervisor))
         if stopped_by is not None:
             exit_code, outcome, reason = 128 + stopped_by, "interrupted", f"stopped by {stopped_by.name}"
         elif config.warm_start.control_steps:
@@ -88,6 +90,7 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     events.write("run_finished", outcome=outcome, reason=reason)
     events.close()
     summary = write_summary(directory)
+    write_views(directory)
     if summary.steps or outcome == "finished":
         print_summary(summary)
     if reason:
@@ -96,13 +99,25 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     return exit_code
 
 
+def write_views(directory: Path) -> None:
+    """The report and the timeline. A disk that is full by now costs these, not the run's result."""
+    from slime_async.report.page import write_report
+    from slime_async.report.run import read_run
+    from slime_async.telemetry.timeline import write_timeline
+
+    try:
+        write_report([read_run(directory)], directory / "report.html")
+        write_timeline(directory)
+    except OSError as error:
+        print(f"no report: {error}", file=sys.stderr, flush=True)
+
+
 def evaluate_control(config: Config, directory: Path, events: EventLog) -> None:
     """The control experiment's accuracy, on the same tasks as the run's own evaluations."""
     from slime_async.cli.eval import evaluate
 
     checkpoint = directory / "checkpoints" / "supervised_only"
     for source in config.task.evaluation:
-        print(f"evaluating the supervised control on {source}", flush=True)
         result = evaluate(config, checkpoint, source, config.evaluation.tasks)
         events.write(
             "evaluation",

@@ -28,6 +28,8 @@ class RunConfig(Section):
     """Seeds data order, sampling and initialisation"""
     deterministic: bool = False
     """Bitwise repeatable at staleness 0: one thread, fixed slots, batches sorted by task; slower"""
+    view: Literal["auto", "lines"] = "auto"
+    """In a terminal ``auto`` fills the window with a live view; without one, and with ``lines``, lines are printed"""
     log_interval_s: PositiveFloat = 5.0
     """Seconds between progress lines"""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from slime_async.queue.admission import capacity
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
 from slime_async.queue.reservations import ReservationTable
+
+GateCause = Literal["first_publication", "new_learner", "staleness", "no_sources", "no_tasks", "queue_full"]
 
 
 class Gate:
@@ -54,21 +58,37 @@ class Gate:
             )
         return ""
 
-    def closed_by(self) -> str:
-        """What keeps the next trajectory from being granted to a free slot; empty when nothing does."""
+    def cause(self) -> GateCause | None:
+        """What kind of thing keeps the next trajectory from being granted to a free slot; None when nothing does."""
         if self._ledger.published < 0:
-            return "admission closed before the first publication"
+            return "first_publication"
         if self._ledger.awaits_weights:
-            return f"admission closed until learner incarnation {self._ledger.incarnation} publishes its weights"
+            return "new_learner"
         if self.room(1) <= 0:
-            paced = self._reservations.held + self._ledger.paced
-            return f"admission closed by staleness {paced} of {self._limits.pacing}"
+            return "staleness"
         if self._reservations.missing:
-            return ""
+            return None
         if not self._ledger.tasks.sizes:
-            return "admission closed: no actor has declared its task sources yet"
+            return "no_sources"
         if self._ledger.tasks.exhausted:
-            return "admission closed: no tasks are left"
-        if bound := self.closed_by_backpressure():
-            return f"admission closed by {bound}"
-        return ""
+            return "no_tasks"
+        return "queue_full" if self.closed_by_backpressure() else None
+
+    def closed_by(self) -> str:
+        """The same in words, with the numbers; empty when nothing does."""
+        match self.cause():
+            case "first_publication":
+                return "admission closed before the first publication"
+            case "new_learner":
+                return f"admission closed until learner incarnation {self._ledger.incarnation} publishes its weights"
+            case "staleness":
+                paced = self._reservations.held + self._ledger.paced
+                return f"admission closed by staleness {paced} of {self._limits.pacing}"
+            case "no_sources":
+                return "admission closed: no actor has declared its task sources yet"
+            case "no_tasks":
+                return "admission closed: no tasks are left"
+            case "queue_full":
+                return f"admission closed by {self.closed_by_backpressure()}"
+            case None:
+                return ""

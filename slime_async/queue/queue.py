@@ -24,7 +24,7 @@ from slime_async.queue import events, snapshot
 from slime_async.queue.evaluations import Evaluations
 from slime_async.queue.events import Accepted, DropReason, Event, TrajectoryMeta
 from slime_async.queue.explain import explain_learner, explain_lease
-from slime_async.queue.gate import Gate
+from slime_async.queue.gate import Gate, GateCause
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
 from slime_async.queue.records import BatchRecord, BatchState, Exhausted, LeasedBatch, Waiting
@@ -311,6 +311,10 @@ class TrajectoryQueue:
 
     def statistics(self, now: float) -> QueueStatistics:
         return collect(self.limits, self._ledger, self._training, self._evaluating, self._meters, now)
+
+    def admission_closed_by(self) -> GateCause | None:
+        """What keeps free slots from being granted anything; None when nothing does."""
+        return self._gate.cause()
 
     def waiting_for(self, now: float) -> str:
         """What everybody waits for, in words, for the watchdog's log."""

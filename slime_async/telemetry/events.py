@@ -8,8 +8,9 @@ phase             learner    name: warm_start, evaluation_before, control, rl, e
 evaluation        learner    name: before, after or supervised_only; source; accuracy; tasks; failed; version
 role_died         launcher   role: hub, learner or actor; process, as its log is named; exit_code
 role_restarted    launcher   role; process; restarts: of this role so far
-warning           learner    step, name, metric, value, threshold, message: see slime_async.correction.warnings
+step_warning      learner    step, name, metric, value, threshold, message: see slime_async.correction.warnings
 run_finished      launcher   outcome: finished, failed or interrupted; reason
+warning           all        process, level, text; repeated: so many of its kind were held back before
 ================  =========  ==============================================================================
 """
 
@@ -22,7 +23,16 @@ from typing import Literal
 from slime_async.protocol import Scalar
 from slime_async.telemetry.jsonl import JsonLines
 
-EventName = Literal["run_started", "phase", "evaluation", "role_died", "role_restarted", "warning", "run_finished"]
+EventName = Literal[
+    "run_started",
+    "phase",
+    "evaluation",
+    "role_died",
+    "role_restarted",
+    "step_warning",
+    "run_finished",
+    "warning",
+]
 
 
 class EventLog:

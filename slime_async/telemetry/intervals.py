@@ -39,3 +39,23 @@ def intersection(left: Iterable[Interval], right: Iterable[Interval]) -> list[In
 def total(intervals: Iterable[Interval]) -> int:
     """How long, every instant counted once."""
     return sum(end - start for start, end in union(intervals))
+
+
+def difference(left: Iterable[Interval], right: Iterable[Interval]) -> list[Interval]:
+    """What is in ``left`` and not in ``right``, sorted and disjoint; the sides may overlap themselves."""
+    holes = union(right)
+    rest: list[Interval] = []
+    first = 0
+    for start, end in union(left):
+        while first < len(holes) and holes[first][1] <= start:
+            first += 1
+        at = start
+        for hole_start, hole_end in holes[first:]:
+            if hole_start >= end:
+                break
+            if at < hole_start:
+                rest.append((at, hole_start))
+            at = hole_end
+        if at < end:
+            rest.append((at, end))
+    return rest

@@ -12,35 +12,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slime_async.telemetry.jsonl import JsonLines, read_jsonl
+from slime_async.telemetry.jsonl import JsonLines, Problem, read_jsonl
 
 Phase = Literal["warm_start", "control", "rl"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """``unit`` is empty for plain ratios and losses."""
+    """One documented number."""
 
     unit: str
+    """Empty for plain ratios and losses"""
     definition: str
+    remedy: str = ""
+    """What it looks like when it is bad, and what to do then; empty where it only describes"""
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("", "What the optimizer minimised"),
-    "grad_norm": Metric("", "Before clipping"),
+    "loss": Metric("", "What the optimizer minimised", "Its level means little in RL; judge by reward and accuracy"),
+    "grad_norm": Metric("", "Before clipping", "Spikes, or grows for long: lower `learner.learning_rate`"),
     "learning_rate": Metric("", "Of this step"),
-    "reward_mean": Metric("", "Mean reward of the batch, every trajectory counted"),
-    "reward_std": Metric("", "Its standard deviation"),
-    "groups_with_equal_rewards": Metric("groups", "Without a gradient: all their rewards are the same"),
+    "reward_mean": Metric(
+        "", "Mean reward of the batch, every trajectory counted", "Flat from the start: are any rewards above 0 at all?"
+    ),
+    "reward_std": Metric("", "Its standard deviation", "0: all answers are judged alike, and nothing can be learnt"),
+    "groups_with_equal_rewards": Metric(
+        "groups",
+        "Without a gradient: all their rewards are the same",
+        "Most of them: tasks are too easy or too hard; mix sources, or `batch.drop_equal_rewards = true`",
+    ),
     "trajectories": Metric("trajectories", "In the batch and with any weight in the loss"),
     "tokens_trained": Metric("tokens", "Sampled tokens with non-zero weight in the loss"),
     "tokens_masked_as_stale": Metric(
-        "tokens", "Sampled tokens beyond the bound, without weight in the loss or dropped as a group"
+        "tokens",
+        "Sampled tokens beyond the bound, without weight in the loss or dropped as a group",
+        "More than a few percent is wasted work: raise `staleness.max_staleness`, or bound the answers' length",
     ),
-    "tokens_trained_stale": Metric("tokens", "Beyond the bound but trained (on_stale = 'train')"),
+    "tokens_trained_stale": Metric(
+        "tokens", "Beyond the bound but trained (on_stale = 'train')", "Many: watch `mismatch/` closely"
+    ),
     "staleness_mean": Metric("versions", "Token-weighted mean over tokens with non-zero weight in the loss"),
     "staleness_max": Metric("versions", "Largest over tokens with non-zero weight in the loss"),
-    "answer_tokens_mean": Metric("tokens", "Sampled tokens per trajectory"),
+    "answer_tokens_mean": Metric(
+        "tokens", "Sampled tokens per trajectory", "Grows without reward: check the reward for a bias to length"
+    ),
     "batch_tokens": Metric("tokens", "Of the batch, prompts included"),
     "tokens": Metric("tokens", "Sampled tokens among those computed; what the diagnostics average over"),
     "sampled_tokens": Metric("tokens", "Sampled by the policy, masked ones included"),
@@ -48,30 +63,41 @@ METRICS: dict[str, Metric] = {
     "tokens_counted": Metric("tokens", "In the loss's denominator: sampled, before any masking"),
     "sequences": Metric("sequences", "Computed by the learner: those without any advantage may be left out"),
     "mixed_version_trajectories": Metric("trajectories", "Sampled by several versions: weights changed in flight"),
-    "lease_wait_s": Metric("s", "Waited for the batch"),
-    "train_s": Metric("s", "Forward, backward and optimizer"),
+    "lease_wait_s": Metric(
+        "s", "Waited for the batch", "Most of `step_s`: actors are too slow; add actors, or raise `actor.slots`"
+    ),
+    "train_s": Metric(
+        "s", "Forward, backward and optimizer", "Most of `step_s` while actors idle: add learner ranks, fewer actors"
+    ),
+    "commit_s": Metric("s", "Until the hub acknowledged the commit", "Seconds: the hub's machine is overloaded"),
     "snapshot_s": Metric("s", "Copying the weights out of the model"),
     "publish_s": Metric("s", "The last finished publication, from its begin until the hub knew of it"),
-    "pause_to_resume_s": Metric("s", "Of it, engines paused"),
-    "broadcast_s": Metric("s", "Of it, the collective"),
-    "publish_stall_s": Metric("s", "What publishing kept the learner from training"),
+    "pause_to_resume_s": Metric(
+        "s", "Of it, engines paused", "Far above `broadcast_s`: some engine is slow to pause; see the timeline"
+    ),
+    "broadcast_s": Metric("s", "Of it, the collective", "Slow: is `weights.backend` what the devices can do?"),
+    "publish_stall_s": Metric(
+        "s", "What publishing kept the learner from training", "Above 0 for long: publications take longer than steps"
+    ),
     "step_s": Metric("s", "From one step's end to the next's"),
     "learner_tokens_per_s": Metric("tokens/s", "Tokens of the batch, prompts included, over train_s"),
     "requests_in_flight_at_update": Metric("requests", "Running in all engines when the weights changed under them"),
-    "engines": Metric("engines", "That took the weights"),
+    "engines": Metric("engines", "That took the weights", "Fewer than were started: see the actors' logs"),
 }
 """Each name once. The families below have their own documentation."""
 
 FAMILIES = {
-    "mismatch/": "π_prox/μ, by slime_async.correction.diagnostics; with /floor, see slime_async.correction.floor",
-    "policy/": "π_θ/π_prox, as above",
-    "weight/": "importance weights, as above",
-    "correction/": "what was masked or rejected, as above",
-    "loss/": "parts of the loss, as above",
-    "sequence/": "ratios of whole sequences, as above",
-    "tokens/": "computed, by bucket of staleness, as above",
+    "mismatch/": "π_prox/μ: what staleness and the engine's numerics did before the update; /floor: the numerics alone",
+    "policy/": "π_θ/π_prox: what the update itself did",
+    "weight/": "importance weights, after truncation and normalisation",
+    "correction/": "what was masked or rejected",
+    "loss/": "parts of the loss",
+    "staleness/": "sampled tokens of the batch by their age in versions, masked ones included",
+    "sequence/": "ratios of whole sequences",
+    "tokens/": "computed, by bucket of staleness",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }
+"""What a name begins with → what all of those are; ``slime_async.telemetry.families`` has each of ours."""
 
 
 class MetricsWriter:
@@ -96,7 +122,7 @@ def is_documented(name: str) -> bool:
     return name in METRICS or name.startswith(tuple(FAMILIES))
 
 
-def read_metrics(path: Path, phase: Phase = "rl") -> Iterator[dict[str, Any]]:
-    """One line per step, ascending; of a step that was trained again, the last."""
-    by_step = {line["step"]: line for line in read_jsonl(path) if line["phase"] == phase}
+def read_metrics(path: Path, phase: Phase = "rl", problem: Problem | None = None) -> Iterator[dict[str, Any]]:
+    """One line per step, ascending; of a step that was trained again, the last. ``problem`` as in ``read_jsonl``."""
+    by_step = {line["step"]: line for line in read_jsonl(path, problem) if line.get("phase") == phase}
     yield from (by_step[step] for step in sorted(by_step))

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_async.telemetry.jsonl import read_jsonl
+from slime_async.telemetry.accounting import rl_accounts
+from slime_async.telemetry.jsonl import Problem, read_jsonl
 from slime_async.telemetry.metrics import read_metrics
 from slime_async.telemetry.overlap import overlap_of_run
-from slime_async.telemetry.spans import read_spans
+from slime_async.telemetry.spans import read_tracks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,16 @@ class Summary:
     mismatch_kl_floor: float | None
     """Of the run's first fresh batch: what engine and learner differ by on the same weights"""
     warnings: tuple[str, ...]
-    """Names of the warnings that were given, in the order of their first"""
+    """Names of the step warnings that were given, in the order of their first"""
+    accounting: dict[str, dict[str, float]]
+    """While RL ran, by role: the fraction of its time that each part took; see ``slime_async.telemetry.accounting``"""
 
 
-def summarise(run: Path) -> Summary:
-    """Read what the run left, finished or not."""
-    events = list(read_jsonl(run / "events.jsonl"))
-    steps = list(read_metrics(run / "metrics.jsonl"))
+def summarise(run: Path, problem: Problem | None = None) -> Summary:
+    """Read what the run left, finished or not. ``problem`` as in ``read_jsonl``."""
+    events = list(read_jsonl(run / "events.jsonl", problem))
+    steps = list(read_metrics(run / "metrics.jsonl", problem=problem))
+    tracks = read_tracks(run / "spans", problem)
     deaths = Counter(event["role"] for event in events if event["event"] == "role_died")
     start = _last(events, "run_started")
     end = _last(events, "run_finished")
@@ -92,7 +96,7 @@ def summarise(run: Path) -> Summary:
         trajectories_trained=int(sum(_column(steps, "trajectories"))),
         tokens_trained=int(sum(trained)),
         tokens_per_s=_rate(events, steps, sum(trained)),
-        overlap_fraction=overlap_of_run(read_spans(run / "spans")),
+        overlap_fraction=overlap_of_run([span for track in tracks for span in track.spans]),
         updates_with_requests_in_flight=sum(requests > 0 for requests in in_flight),
         requests_in_flight_max=int(max(in_flight, default=0)),
         reward_first=_mean(rewards[:tenth]),
@@ -103,7 +107,8 @@ def summarise(run: Path) -> Summary:
         mismatch_kl=_mean(mismatch[-max(1, len(mismatch) // 10) :]),
         mismatch_kl_max=max(mismatch, default=None),
         mismatch_kl_floor=next(iter(_column(steps, "mismatch/k3/floor")), None),
-        warnings=tuple(dict.fromkeys(str(event["name"]) for event in events if event["event"] == "warning")),
+        warnings=tuple(dict.fromkeys(str(event["name"]) for event in events if event["event"] == "step_warning")),
+        accounting={role: side.fractions for role, side in rl_accounts(tracks).items()},
     )
 
 

@@ -104,7 +104,7 @@ def wait_until_dead(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
-async def watch_nothing(_config: Config, _address: str) -> None:
+async def watch_nothing(_config: Config, _directory: Path, _address: str) -> None:
     await asyncio.Event().wait()
 
 

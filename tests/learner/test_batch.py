@@ -103,6 +103,9 @@ def test_metrics_describe_the_batch() -> None:
         "staleness_max": 2,
         "tokens_masked_as_stale": 0,
         "mixed_version_trajectories": 1,
+        "staleness/0": 9,
+        "staleness/1": 2,
+        "staleness/2": 1,
     }
 
 

@@ -30,7 +30,7 @@ def write_run(run: Path) -> None:
         events.write("evaluation", name=name, source=source, accuracy=accuracy, tasks=tasks, failed=0, version=0)
     events.write("role_died", role="actor", process="actor-0", exit_code=-9)
     for name, step in (("mismatch_kl", 1), ("low_ess", 1), ("mismatch_kl", 51)):
-        events.write("warning", step=step, name=name, metric="m", value=0.3, threshold=0.1, message="too much")
+        events.write("step_warning", step=step, name=name, metric="m", value=0.3, threshold=0.1, message="too much")
     metrics = MetricsWriter(run / "metrics.jsonl")
     metrics.write(0, {"loss": 9.0}, phase="warm_start")
     for step, (stale, mean, reward) in enumerate([(0, 0.0, 0.1), (1, 0.5, 0.2), (2, 1.5, 0.6)]):
@@ -103,5 +103,5 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_any_other_bad_line_is_an_erro
     path.write_bytes(path.read_bytes() + b'{"a": 2')
     assert list(read_jsonl(path)) == [{"a": 1}]
     path.write_bytes(b'{"a": \n{"a": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         list(read_jsonl(path))

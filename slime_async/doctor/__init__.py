@@ -1,0 +1,1 @@
+"""What on this machine will not work, found before a run does; ``slime-async doctor`` shows it."""
