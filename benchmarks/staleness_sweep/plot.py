@@ -46,10 +46,11 @@ def draw(entries: Sequence[Entry], protocol: Protocol, target: float, path: Path
     right.set_ylim(0, protocol.steps * 1.05)
     for axes in (left, right):
         axes.set_xticks(range(len(STALENESS)), [str(staleness) for staleness in STALENESS])
+        axes.set_xlim(-0.4, len(STALENESS) - 0.6)
         axes.set_xlabel("staleness η: versions between sampling and training")
         axes.grid(alpha=0.3)
     seeds = max((entry.accuracy.count for entry in entries), default=0)
-    figure.suptitle(f"Demo task at exact staleness: mean and 95% interval over up to {seeds} seeds")
+    figure.suptitle(f"Demo task at exact staleness: mean and 95% interval over seeds (up to {seeds})")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
