@@ -162,11 +162,18 @@ def main() -> None:
         figures[f"journal_over_memory_{kind}"] = rates["journal ×1 append"] / rates["memory ×1 append"]
         figures[f"journal_over_disk_{kind}"] = rates[f"journal ×{group} synced"] / rates[f"disk ×{group} synced"]
         figures[f"journal_over_sqlite_{kind}"] = rates["journal ×1 append"] / rates["sqlite, off ×1 append"]
+        figures[f"sqlite_cpu_over_journal_cpu_{kind}"] = rates["sqlite, off ×1 cpu_us"] / rates["journal ×1 cpu_us"]
         figures |= {f"{kind}: {name}": value for name, value in rates.items()}
     figures = {name: round(value, 3) for name, value in figures.items()}
     print("\n".join(f"{name} {value}" for name, value in figures.items() if "_over_" in name))
     if arguments.out:
-        environment = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count()}
+        environment = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "load_average": round(os.getloadavg()[1], 1),
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"figures": figures, "environment": environment}, indent=2) + "\n")
 
 

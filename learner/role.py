@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from slime_async.protocol import (
     Shutdown,
 )
 from slime_async.telemetry.events import EventLog
+from slime_async.telemetry.loggers import make_loggers
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.occupancy import Occupancy
 from slime_async.telemetry.spans import SpanRecorder
@@ -90,6 +92,7 @@ class HubOutlet:
         self._floor = MismatchFloor()
         self._warnings = WarningLog(config.algorithm)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl")
+        self._loggers = make_loggers(config, run_directory)
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
@@ -112,6 +115,7 @@ class HubOutlet:
         for finding in self._warnings.check(step, metrics):
             log.warning("step %d: %s", step, finding.message)
             self._events.write("step_warning", step=step, **finding.fields())
+        self._to_loggers(step, metrics)
         shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
         self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
@@ -122,8 +126,18 @@ class HubOutlet:
         steps = self._config.run.steps
         self._client.set_report({"phase": "rl", "step": step, "steps": steps, "activity": activity, **self._report})
 
+    def log_accuracy(self, version: int, name: str, accuracy: float) -> None:
+        """Of one evaluation, to the loggers; the event log has it anyway."""
+        self._to_loggers(version, {f"accuracy/{name}": accuracy})
+
     def close(self) -> None:
         self._metrics.close()
+        for logger in self._loggers:
+            logger.close()
+
+    def _to_loggers(self, step: int, values: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.write(step, values)
 
 
 class _Mail:
@@ -263,6 +277,7 @@ class Learner:
                 version=result.versions[-1] if result.versions else -1,
                 seconds=time.monotonic() - begun,
             )
+            self._outlet.log_accuracy(max(0, *result.versions, 0), source, result.accuracy)
             log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
 
 

@@ -26,6 +26,7 @@ from slime_async.config.checks import function_paths
 from slime_async.protocol import Scalar
 from slime_async.telemetry.environment import write_environment
 from slime_async.telemetry.events import EventLog, EventName
+from slime_async.telemetry.loggers import check_extras
 from slime_async.telemetry.summary import write_summary
 
 Watch = Callable[[Config, Path, str], Coroutine[Any, Any, None]]
@@ -46,6 +47,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.control:
         config = with_control(config)
     check_modules(config)
+    check_extras(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
     config = prepare_model(config, directory)

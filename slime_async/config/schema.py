@@ -220,6 +220,19 @@ class EvaluationConfig(Section):
     """Deadline of one evaluation"""
 
 
+class LoggersConfig(Section):
+    """Where metrics go besides the run directory's ``metrics.jsonl``."""
+
+    tensorboard: bool = False
+    """Event files in the run directory; needs the extra ``tensorboard``"""
+    wandb: bool = False
+    """Weights & Biases; needs the extra ``wandb``, and a login unless it is offline"""
+    wandb_project: str = "slime-async"
+    """The project that the run appears in"""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """Offline writes files only, for ``wandb sync`` later"""
+
+
 class HubConfig(Section):
     """The hub's address and its patience."""
 
@@ -263,6 +276,7 @@ class Config(Section):
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hub: HubConfig = HubConfig()
+    loggers: LoggersConfig = LoggersConfig()
     sglang: dict[str, Any] = Field(default_factory=dict)
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)
