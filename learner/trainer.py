@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from slime_async.correction import (
     policy_loss,
 )
 from slime_async.learner.megatron.batch import Microbatch, column_logprobs, make_microbatch
+from slime_async.learner.megatron.checkpoint import StateWrite, begin_write, read_state
 from slime_async.learner.megatron.model import LearnerModel, build_model
 from slime_async.learner.megatron.optimization import (
     TrainingState,
@@ -55,6 +57,17 @@ from slime_async.packing import pack
 from slime_async.protocol import WeightManifest
 
 __all__ = ["StepResult", "TrainSequence", "Trainer"]
+
+
+class Progress(NamedTuple):
+    """What training changes beside tensors."""
+
+    optimizer_steps: int
+    """Since the optimizer began; what the warm-up counts"""
+    learning_rate: float
+    """After the warm-up"""
+    holds_reference: bool
+    """Whether the weights of the KL term's π_ref are held"""
 
 
 class Trainer:
@@ -87,9 +100,8 @@ class Trainer:
         return self._model.device
 
     @property
-    def optimizer_steps(self) -> int:
-        """Since the optimizer began; what the warm-up counts."""
-        return self._steps
+    def progress(self) -> Progress:
+        return Progress(self._steps, self._learning_rate, self._reference is not None)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -169,7 +181,7 @@ class Trainer:
     def hold_reference(self) -> None:
         """The weights as they are now become π_ref, which the KL term is against.
 
-        ``train_policy`` does this by itself at version 0; a run that resumes later calls it with those weights loaded.
+        ``train_policy`` does this by itself at version 0, and checkpoints carry it.
         """
         self._reference = copy_parameters(self._model)
 
@@ -205,6 +217,24 @@ class Trainer:
         """Fresh moments, and the warm-up from its beginning: RL after a supervised phase."""
         forget_moments(self._model)
         self._steps, self._learning_rate = 0, learning_rate
+
+    def begin_checkpoint(self, directory: Path) -> StateWrite:
+        """Copy everything that training changes, and begin to write it into ``directory``. A collective."""
+        return begin_write(self._model, self._reference, directory)
+
+    def load_checkpoint(self, directory: Path, progress: Progress, *, same_layout: bool) -> None:
+        """Go on from what ``begin_checkpoint`` wrote, bitwise under the same layout. A collective.
+
+        ``progress`` is what the trainer that wrote it had then.
+        """
+        self._reference = read_state(
+            self._model,
+            directory,
+            progress.optimizer_steps,
+            reference=progress.holds_reference,
+            random=same_layout,
+        )
+        self._steps, self._learning_rate = progress.optimizer_steps, progress.learning_rate
 
     def _policy_step(
         self,

@@ -29,6 +29,7 @@ from slime_async.protocol import (
     Deliver,
     Delivered,
     Drain,
+    Durable,
     EngineInfo,
     Evaluate,
     EvaluationResult,
@@ -201,9 +202,11 @@ class Hub:
                 self._queue.commit(message.incarnation, message.train_version, now)
             case Published():
                 self._queue.publish(message.weights.incarnation, message.weights.version, now)
-                # nothing can be trained again without a journal: what is published need not be kept
-                self._queue.make_durable(message.weights.incarnation, message.weights.version)
+                if not self._config.checkpoint.interval_steps:  # no learner can go back: nothing is trained again
+                    self._queue.make_durable(message.weights.incarnation, message.weights.version)
                 self._drained = False
+            case Durable():
+                self._queue.make_durable(message.incarnation, message.version)
             case Drain():
                 await self._drain(message)
             case Evaluate():

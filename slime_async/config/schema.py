@@ -184,6 +184,24 @@ class LearnerConfig(Section):
     """CPU threads per rank while RL runs"""
     lease_timeout_s: PositiveFloat = 600.0
     """Waiting this long for a batch ends the run with an error that says what was missing"""
+    max_restarts: int = Field(3, ge=0)
+    """How many times a dead learner is started again, from its latest checkpoint, before the run fails; without
+    checkpoint.interval_steps it never is"""
+
+
+class CheckpointConfig(Section):
+    """What a learner goes on from after its death or with --resume, and exports for others."""
+
+    interval_steps: int = Field(0, ge=0)
+    """Batches between two checkpoints; 0 writes only the one at the end"""
+    keep: PositiveInt = 2
+    """How many checkpoints stay: the latest ones"""
+    async_write: bool = True
+    """Write behind the next steps, from a copy in host memory; false stops training meanwhile and still copies"""
+    timeout_s: PositiveFloat = 600.0
+    """A checkpoint that takes longer to write ends the run"""
+    hf_interval_steps: int = Field(0, ge=0)
+    """Batches between two Hugging Face exports below checkpoints/hf, which all stay; 0 exports only the last weights"""
 
 
 class WarmStartConfig(Section):
@@ -244,6 +262,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weights: WeightsConfig = WeightsConfig()
     learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hub: HubConfig = HubConfig()
@@ -251,3 +270,8 @@ class Config(Section):
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's model, DDP and optimizer configs, by their own names"""
+
+    @property
+    def learner_restarts(self) -> int:
+        """How many times a dead learner is started again: never where it would have to begin anew."""
+        return self.learner.max_restarts if self.checkpoint.interval_steps else 0
