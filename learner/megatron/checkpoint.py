@@ -39,7 +39,6 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.nn import Parameter
 
-from slime_async.learner.megatron import compat
 from slime_async.learner.megatron.model import LearnerModel
 from slime_async.learner.megatron.optimizer_state import (
     ParameterState,
@@ -82,7 +81,6 @@ class StateWrite:
 
 def begin_write(model: LearnerModel, reference: Sequence[Tensor] | None, directory: Path) -> StateWrite:
     """Copy this rank's state to host memory and begin to write it into the empty ``directory``. A collective."""
-    compat.install()  # the modules of dist_checkpointing are loaded by now
     state = _sharded_state(model, parameter_states(model), reference) | {"random": _random_state()}
     return StateWrite(dist_checkpointing.save(state, str(directory), _ThreadedSave(), async_sharded_save=True))
 
@@ -95,7 +93,6 @@ def read_state(
     Returns the reference weights where asked for, in the order of the model's parameters. ``random`` restores this
     rank's generators, which only the layout that wrote them has. ``optimizer_steps`` is what Adam had counted.
     """
-    compat.install()
     parameters = list(model.ddp.parameters())
     held = [torch.empty_like(p) for p in parameters] if reference else None
     wanted = _sharded_state(model, blank_states(model), held) | ({"random": _random_state()} if random else {})
@@ -126,6 +123,7 @@ def _sharded_state(
         state["optimizer"] = {
             i: {name: like(p, f"optimizer.{name}", tensor) for name, tensor in states[p].items()}
             for i, p in enumerate(parameters)
+            if p in states
         }
     if reference is not None:
         state["reference"] = {

@@ -110,7 +110,8 @@ def main() -> None:
     torch.set_num_threads(1)
 
     def committed(version: int) -> None:
-        print(f"trained {version}", flush=True)
+        sys.stdout.write(f"trained {version}\n")
+        sys.stdout.flush()
         if version == int(stop):
             signal.pause()
 
