@@ -35,6 +35,7 @@ def plan_run(config: Config, run: Path) -> RunPlan:
         actor=actor,
         actors=config.actor.count,
         max_restarts=config.actor.max_restarts,
+        learner_restarts=config.learner_restarts,
     )
 
 

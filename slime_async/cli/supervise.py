@@ -3,7 +3,8 @@
 ===========  =========================  =======================================================================
 who leaves   cleanly (code 0)           otherwise
 ===========  =========================  =======================================================================
-learner      the run is finished        the run failed
+learner      the run is finished        started again, ``learner_restarts`` times in all, from its checkpoint; then
+                                        the run failed
 hub          the learner must follow    the run failed
 actor        the learner must follow    started again under a new name, ``max_restarts`` times in all; then, or at
                                         once when it says that the user must change something, the run failed
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slime_async.cli.launch import CONSEQUENCE, USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit, log_tail
@@ -55,6 +56,8 @@ class RunPlan:
     """(address, name)"""
     actors: int
     max_restarts: int
+    """Of actors, in all"""
+    learner_restarts: int = 0
 
 
 class Supervisor:
@@ -74,11 +77,12 @@ class Supervisor:
         self._on_event = on_event
         self._exits: dict[asyncio.Task[int], RoleProcess] = {}
         self._lives: dict[str, int] = {}
-        self._restarts = 0
+        self._restarts = {"actor": 0, "learner": 0}
         self.address = ""
 
     async def start(self) -> str:
         """Start everything; returns the hub's address. Raises ``RunError`` when the hub does not come up."""
+        self._plan.ready_file.unlink(missing_ok=True)  # a run that is resumed has one of its last hub
         await self._start(self._plan.hub)
         self.address = await self._hub_address()
         for index in range(self._plan.actors):
@@ -101,7 +105,7 @@ class Supervisor:
                     deadline = deadline or loop.time() + CAUSE_TIMEOUT_S
                 elif code:
                     await self._survive(process, code)
-                elif process.name == "learner":
+                elif _role(process.name) == "learner":
                     await self._farewell()
                     return
                 else:
@@ -132,21 +136,25 @@ class Supervisor:
         return self._plan.ready_file.read_text().strip()
 
     async def _survive(self, process: RoleProcess, code: int) -> None:
-        """Start a dead actor again, or raise ``RunError``."""
-        is_actor = process.name.startswith("actor-")
-        if not is_actor or code == USER_ERROR:
+        """Start a dead actor or learner again, or raise ``RunError``."""
+        role = _role(process.name)
+        if role == "hub" or code == USER_ERROR or (role == "learner" and not self._plan.learner_restarts):
             if self._exits:
                 await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
-        self._on_event("actor_died", {"actor": process.name, "exit_code": code})
-        if self._restarts == self._plan.max_restarts:
-            raise self._failure(process, code, f", and all {self._restarts} of actor.max_restarts are used up")
-        self._restarts += 1
-        index = process.name.partition(".")[0]
-        self._lives[index] = self._lives.get(index, 0) + 1
-        name = f"{index}.{self._lives[index]}"
-        self._on_event("actor_restarted", {"actor": name, "restarts": self._restarts})
-        await self._start(self._plan.actor(self.address, name))
+        actor = role == "actor"
+        self._on_event("actor_died" if actor else "learner_died", {role: process.name, "exit_code": code})
+        if self._restarts[role] == (self._plan.max_restarts if actor else self._plan.learner_restarts):
+            used_up = f", and all {self._restarts[role]} of {role}.max_restarts are used up"
+            raise self._failure(process, code, used_up)
+        self._restarts[role] += 1
+        first = process.name.partition(".")[0]
+        self._lives[first] = self._lives.get(first, 0) + 1
+        name = f"{first}.{self._lives[first]}"
+        event: EventName = "actor_restarted" if actor else "learner_restarted"
+        self._on_event(event, {role: name, "restarts": self._restarts[role]})
+        again = self._plan.actor(self.address, name) if actor else self._plan.learner(self.address)
+        await self._start(replace(again, name=name))
 
     async def _farewell(self) -> None:
         """The learner is done: the others were told by the hub, and leave."""
@@ -161,9 +169,14 @@ class Supervisor:
         return RunError(_with_log(f"{process.name} {describe_exit(code)}{addition}{also}", process.log))
 
 
+def _role(name: str) -> str:
+    """``hub``, ``learner`` or ``actor``, whichever of its lives it is."""
+    return name.partition(".")[0].partition("-")[0]
+
+
 def _rank(name: str) -> int:
     """Of several exits seen at once, the cause comes before its consequences."""
-    return {"hub": 0, "learner": 1}.get(name, 2)
+    return {"hub": 0, "learner": 1}.get(_role(name), 2)
 
 
 def _with_log(text: str, log: Path) -> str:
