@@ -2,12 +2,13 @@
 
 ::
 
-    for version in 0 … steps − 1:                                  waits for
+    for version in first … steps − 1:                              waits for
         batch    = feed.next_batch(version)                        the hub (a complete, leased batch)
         result   = trainer.train_policy(batch)                     the device
         commit(version)                                            the hub's acknowledgement
         snapshot = trainer.export()                                the copy out of the model
         publisher.publish(snapshot, version + 1)                   only if the publication before has not begun
+        checkpointer.after_batch(version + 1)                      only if one is due and the one before not written
 
 The same loop runs on every rank; rank 0's ``Reporting`` talks to hub, publisher and files, the others' does nothing.
 """
@@ -20,6 +21,8 @@ from typing import Protocol
 
 from slime_async.config import Config
 from slime_async.learner.batch import prepare_batch
+from slime_async.learner.checkpoint.checkpointer import Checkpointer
+from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed
 from slime_async.learner.publisher import Snapshot
 from slime_async.learner.trainer import Trainer
@@ -42,6 +45,9 @@ class Outlet(Protocol):
     def begin(self, activity: str, step: int) -> None:
         """For the live view: what the loop does from now on."""
 
+    def durable(self, version: int, seconds: float) -> None:
+        """A checkpoint of ``version`` is complete; writing it took ``seconds``."""
+
 
 class SilentOutlet:
     """For every rank but the first: others speak for it."""
@@ -58,6 +64,9 @@ class SilentOutlet:
     def begin(self, activity: str, step: int) -> None:
         """Rank 0 reports."""
 
+    def durable(self, version: int, seconds: float) -> None:
+        """Rank 0 tells."""
+
 
 def take_snapshot(trainer: Trainer, weights: WeightId) -> Snapshot:
     """Whole tensors, copied, so that the next step may change the model while they are sent."""
@@ -65,10 +74,17 @@ def take_snapshot(trainer: Trainer, weights: WeightId) -> Snapshot:
 
 
 def train(
-    config: Config, trainer: Trainer, feed: Feed, outlet: Outlet, recorder: SpanRecorder, incarnation: int
+    config: Config,
+    trainer: Trainer,
+    feed: Feed,
+    outlet: Outlet,
+    recorder: SpanRecorder,
+    checkpointer: Checkpointer,
+    start: Start,
 ) -> None:
-    """Train ``run.steps`` batches. Every wait inside has a deadline and names what it waited for."""
-    for version in range(config.run.steps):
+    """Train until ``run.steps`` batches are. Every wait inside has a deadline and names what it waited for."""
+    checkpoint_stall_s = 0.0
+    for version in range(start.version, config.run.steps):
         asked = time.monotonic()
         with recorder.span("lease", step=version):
             batch = feed.next_batch(version)
@@ -84,7 +100,7 @@ def train(
             outlet.commit(version)
         committed = time.monotonic()
         with recorder.span("snapshot", step=version):
-            snapshot = take_snapshot(trainer, WeightId(incarnation, version + 1))
+            snapshot = take_snapshot(trainer, WeightId(start.incarnation, version + 1))
         snapshotted = time.monotonic()
         with recorder.span("publish_stall", step=version):
             publish_wait_s = outlet.publish(snapshot)
@@ -94,6 +110,7 @@ def train(
             "commit_s": committed - trained,
             "snapshot_s": snapshotted - committed,
             "publish_stall_s": publish_wait_s,
+            "checkpoint_stall_s": checkpoint_stall_s,
             "step_s": time.monotonic() - asked,
             "learner_tokens_per_s": prepared.metrics["batch_tokens"] / (trained - leased),
         }
@@ -106,3 +123,6 @@ def train(
         }
         with recorder.span("log", step=version):
             outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})
+        with recorder.span("checkpoint", step=version):
+            checkpoint_stall_s = checkpointer.after_batch(version + 1, batch)  # after the line that it makes final
+    checkpointer.finish(config.run.steps)

@@ -1,5 +1,6 @@
 """The learner's process: warm start, publication of version 0, evaluation, the training loop, evaluation, export.
 
+Where the run has a checkpoint, a learner goes on from the latest instead: it publishes those weights and trains.
 Rank 0 holds the connection to the hub and the publisher; all ranks run the same phases in the same order.
 """
 
@@ -20,13 +21,17 @@ import torch.distributed as dist
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
+from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
+from slime_async.learner.checkpoint.directory import CheckpointDirectory
+from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
 from slime_async.learner.loop import SilentOutlet, take_snapshot, train
 from slime_async.learner.publisher import Publisher, Snapshot
 from slime_async.learner.trainer import Trainer
-from slime_async.learner.warm_start import warm_start
+from slime_async.learner.warm_start import Progress, warm_start
 from slime_async.protocol import (
     Commit,
+    Durable,
     EngineInfo,
     Evaluate,
     EvaluationResult,
@@ -50,8 +55,6 @@ from slime_async.transport.security import client_security
 
 log = logging.getLogger(__name__)
 
-INCARNATION = 1
-"""Until learners restart from checkpoints, a run has one."""
 CLOSE_TIMEOUT_S = 1.0
 """For the publisher to stop; after a finished run it has nothing left to send."""
 CALL_TIMEOUT_S = 60.0
@@ -82,6 +85,7 @@ class HubOutlet:
         events: EventLog,
         run_directory: Path,
         clock: ClockKeeper,
+        incarnation: int,
     ) -> None:
         self._config = config
         self._client = client
@@ -89,14 +93,19 @@ class HubOutlet:
         clock.keep()
         self._publisher = publisher
         self._events = events
+        self._incarnation = incarnation
         self._floor = MismatchFloor()
         self._warnings = WarningLog(config.algorithm)
-        self._metrics = MetricsWriter(run_directory / "metrics.jsonl")
+        self._metrics = MetricsWriter(run_directory / "metrics.jsonl", incarnation)
         self._loggers = make_loggers(config, run_directory)
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
-        self._client.call(Commit(INCARNATION, train_version), call_timeout_s(self._config), retry=True)
+        self._client.call(Commit(self._incarnation, train_version), call_timeout_s(self._config), retry=True)
+
+    def durable(self, version: int, seconds: float) -> None:
+        self._client.call(Durable(self._incarnation, version), call_timeout_s(self._config), retry=True)
+        self._events.write("checkpoint", version=version, seconds=seconds)
 
     def publish(self, snapshot: Snapshot) -> float:
         return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
@@ -176,7 +185,10 @@ class Learner:
         self._supervised = Occupancy(self._recorder, "supervised")
         self._events = EventLog(run_directory / "events.jsonl")
         self._mail = _Mail()
-        hello = Hello(role="learner", name=f"learner-{os.getpid()}", incarnation=INCARNATION, version=0)
+        self._checkpoints = CheckpointDirectory(run_directory / "checkpoints")
+        self._start = Start.take(run_directory, self._checkpoints)
+        incarnation, version = self._start.incarnation, self._start.version
+        hello = Hello("learner", f"learner-{incarnation}-{os.getpid()}", incarnation=incarnation, version=version)
         self._client = BlockingClient(
             hub_address,
             hello,
@@ -192,6 +204,7 @@ class Learner:
             trainer = Trainer.build(self._config, Path(self._config.model.path), partial(self._progress, "loading"))
             trainer.on_phase = self._recorder.add
             self._recorder.started()
+            Start.share(self._start, self._checkpoints, trainer.device)
             clock = ClockKeeper(self._client, self._recorder)
             self._publisher = Publisher(
                 self._client, self._config.weights, weight_backend(self._config, trainer), self._recorder
@@ -199,7 +212,13 @@ class Learner:
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
             self._outlet = HubOutlet(
-                self._config, self._client, self._publisher, self._events, self._run_directory, clock
+                self._config,
+                self._client,
+                self._publisher,
+                self._events,
+                self._run_directory,
+                clock,
+                self._start.incarnation,
             )
             self._phases(trainer)
             self._client.call(Finish("the run is complete"), call_timeout_s(self._config), retry=True)
@@ -212,18 +231,20 @@ class Learner:
             self._client.close()
 
     def _phases(self, trainer: Trainer) -> None:
-        config = self._config
+        config, start = self._config, self._start
         with self._supervised.inside():
-            warm_start(config, trainer, self._run_directory / "checkpoints", self._warm_start_progress)
+            checkpointer = begin_weights(
+                config, trainer, start, self._checkpoints, self._outlet.durable, self._warm_start_progress
+            )
         self._supervised.close()
-        self._outlet.publish(take_snapshot(trainer, WeightId(INCARNATION, 0)))
+        self._outlet.publish(take_snapshot(trainer, WeightId(start.incarnation, start.version)))
         self._client.set_report({"phase": "waiting for actors"})
         with self._recorder.span("wait_engines"):
-            self._publisher.wait_published(0, config.actor.startup_timeout_s)
-        if config.evaluation.before:
+            self._publisher.wait_published(start.version, config.actor.startup_timeout_s)
+        if config.evaluation.before and start.version == 0:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
-        train(config, trainer, self._feed(trainer), self._outlet, self._recorder, incarnation=INCARNATION)
+        train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
             self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
@@ -241,7 +262,7 @@ class Learner:
 
         feed: Feed = HubFeed(
             self._client,
-            INCARNATION,
+            self._start.incarnation,
             self._config.run.steps,
             self._config.learner.lease_timeout_s,
             call_timeout_s(self._config),
@@ -293,19 +314,42 @@ def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:
     return "nccl" if trainer.device.type == "cuda" else "gloo"
 
 
+def begin_weights(
+    config: Config,
+    trainer: Trainer,
+    start: Start,
+    directory: CheckpointDirectory,
+    on_durable: OnDurable,
+    progress: Progress,
+) -> Checkpointer:
+    """Every rank: bring the trainer to where RL begins or goes on; what writes the checkpoints from there.
+
+    A warm start is made once: where checkpoints are written, the weights that RL starts from are the first.
+    """
+    start.load(config, trainer, directory)
+    checkpointer = Checkpointer(config, trainer, directory, start.incarnation, start.state, on_durable)
+    if start.state is None and config.warm_start.steps:
+        warm_start(config, trainer, directory.path, progress)
+        if config.checkpoint.interval_steps:
+            checkpointer.begin(0)
+    return checkpointer
+
+
 def follow(config: Config, run_directory: Path) -> None:
     """Every rank but the first: the same phases, with batches from rank 0 and nothing to say."""
     name = f"learner-{os.environ['RANK']}"
+    checkpoints, outlet = CheckpointDirectory(run_directory / "checkpoints"), SilentOutlet()
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "learner")) as recorder:
         trainer = Trainer.build(config, Path(config.model.path))
         trainer.on_phase = recorder.add
         recorder.started()
+        start = Start.share(None, checkpoints, trainer.device)
         with recorder.span("supervised"):
-            warm_start(config, trainer, run_directory / "checkpoints", lambda *_: None)
-        take_snapshot(trainer, WeightId(INCARNATION, 0))
+            checkpointer = begin_weights(config, trainer, start, checkpoints, outlet.durable, lambda *_: None)
+        take_snapshot(trainer, WeightId(start.incarnation, start.version))
         feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
-        train(config, trainer, feed, SilentOutlet(), recorder, incarnation=INCARNATION)
-        trainer.save_hf(run_directory / "checkpoints" / "final")
+        train(config, trainer, feed, outlet, recorder, checkpointer, start)
+        trainer.save_hf(checkpoints.path / "final")
 
 
 def run_learner(config: Config, hub_address: str, run_directory: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from slime_async.correction import (
     policy_loss,
 )
 from slime_async.learner.megatron.batch import Microbatch, column_logprobs, make_microbatch
+from slime_async.learner.megatron.checkpoint import StateWrite, begin_write, read_state
 from slime_async.learner.megatron.model import LearnerModel, build_model
 from slime_async.learner.megatron.optimization import (
     TrainingState,
@@ -61,6 +63,17 @@ __all__ = ["StepResult", "TrainSequence", "Trainer"]
 
 PhaseSpan = Callable[[str, int, int], None]
 """Called with a phase (prox, forward, optimizer), its start and its end by ``time.monotonic_ns``"""
+
+
+class Counters(NamedTuple):
+    """What training changes beside tensors."""
+
+    optimizer_steps: int
+    """Since the optimizer began; what the warm-up counts"""
+    learning_rate: float
+    """After the warm-up"""
+    holds_reference: bool
+    """Whether the weights of the KL term's π_ref are held"""
 
 
 class Trainer:
@@ -95,9 +108,8 @@ class Trainer:
         return self._model.device
 
     @property
-    def optimizer_steps(self) -> int:
-        """Since the optimizer began; what the warm-up counts."""
-        return self._steps
+    def progress(self) -> Counters:
+        return Counters(self._steps, self._learning_rate, self._reference is not None)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -178,7 +190,7 @@ class Trainer:
     def hold_reference(self) -> None:
         """The weights as they are now become π_ref, which the KL term is against.
 
-        ``train_policy`` does this by itself at version 0; a run that resumes later calls it with those weights loaded.
+        ``train_policy`` does this by itself at version 0, and checkpoints carry it.
         """
         self._reference = copy_parameters(self._model)
 
@@ -218,6 +230,24 @@ class Trainer:
         """Fresh moments, and the warm-up from its beginning: RL after a supervised phase."""
         forget_moments(self._model)
         self._steps, self._learning_rate = 0, learning_rate
+
+    def begin_checkpoint(self, directory: Path) -> StateWrite:
+        """Copy everything that training changes, and begin to write it into ``directory``. A collective."""
+        return begin_write(self._model, self._reference, directory)
+
+    def load_checkpoint(self, directory: Path, progress: Counters, *, same_layout: bool) -> None:
+        """Go on from what ``begin_checkpoint`` wrote, bitwise under the same layout. A collective.
+
+        ``progress`` is what the trainer that wrote it had then.
+        """
+        self._reference = read_state(
+            self._model,
+            directory,
+            progress.optimizer_steps,
+            reference=progress.holds_reference,
+            random=same_layout,
+        )
+        self._steps, self._learning_rate = progress.optimizer_steps, progress.learning_rate
 
     def _policy_step(
         self,

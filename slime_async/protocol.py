@@ -16,6 +16,7 @@ Failed              actor ──► hub         Ok; the sample is granted again
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
+Durable             learner ──► hub       Ok; a checkpoint holds these weights, what trained them is needed no more
 Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted until Published
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
@@ -217,6 +218,14 @@ class Commit(Message):
 @dataclass(frozen=True, slots=True)
 class Published(Message):
     weights: WeightId
+
+
+@dataclass(frozen=True, slots=True)
+class Durable(Message):
+    """A checkpoint of ``version`` is complete: whatever happens, no batch below it is ever trained again."""
+
+    incarnation: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

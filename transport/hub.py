@@ -30,6 +30,7 @@ from slime_async.protocol import (
     Deliver,
     Delivered,
     Drain,
+    Durable,
     EngineInfo,
     Evaluate,
     EvaluationResult,
@@ -204,7 +205,7 @@ class Hub:
             self._members_changed.set()
         if peer.name == self._learner:
             self._learner = None
-            if not self._finished.is_set() and not self._config.learner.max_restarts:
+            if not self._finished.is_set() and not self._config.learner_restarts:
                 self._fail(LearnerLost(f"learner {peer.name} is gone ({reason}) before the run was finished"))
             log.warning("learner %s left (%s)", peer.name, reason)
         self._wake()
@@ -263,9 +264,11 @@ class Hub:
                 self._store.spill(message.train_version)
             case Published():
                 self._queue.publish(message.weights.incarnation, message.weights.version, now)
-                # nothing can be trained again without a journal: what is published need not be kept
-                self._queue.make_durable(message.weights.incarnation, message.weights.version)
+                if not self._config.checkpoint.interval_steps:  # no learner can go back: nothing is trained again
+                    self._queue.make_durable(message.weights.incarnation, message.weights.version)
                 self._drained = False
+            case Durable():
+                self._queue.make_durable(message.incarnation, message.version)
             case Drain():
                 await self._drain(message)
             case Evaluate():

@@ -109,7 +109,7 @@ def install() -> None:
         clip_grads.l2_norm_impl = _total_norm
     if torch.cuda.is_available():
         return
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _CPU_TORCH  # type: ignore[attr-defined]
     from megatron.core.tensor_parallel import random

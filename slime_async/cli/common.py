@@ -19,9 +19,11 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT"""
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
+def add_config_argument(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """CONFIG, and a flag for each of its fields."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="TOML file; any key of it is also a flag, below")
+    nargs = "?" if optional else None
+    text = "TOML file; any key of it is also a flag, below"
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help=text)
     add_config_flags(parser)
 
 

@@ -22,7 +22,11 @@ def run(parsed: argparse.Namespace) -> int:
             f"torchrun --nproc-per-node {config.learner.ranks} -m slime_async.cli.main learner …"
         )
     begin_role(f"learner-{os.environ['RANK']}" if started > 1 else "learner", parsed.run_directory)
+    from slime_async.learner.checkpoint.directory import CheckpointError
     from slime_async.learner.role import run_learner
 
-    run_learner(config, parsed.hub, parsed.run_directory)
+    try:
+        run_learner(config, parsed.hub, parsed.run_directory)
+    except CheckpointError as error:  # a full disk, another model: starting again would not help
+        raise ConfigError(str(error)) from error
     return 0

@@ -39,8 +39,8 @@ def plan_run(config: Config, run: Path) -> RunPlan:
         actor=actor,
         actors=config.actor.count,
         max_restarts={
-            "hub": config.hub.max_restarts if config.hub.journal else 0,
-            "learner": config.learner.max_restarts,
+            "hub": config.hub_restarts,
+            "learner": config.learner_restarts,
             "actor": config.actor.max_restarts,
         },
     )

@@ -8,7 +8,9 @@ metrics.jsonl      a line per step             slime_async.telemetry.metrics
 queue.jsonl        how full the queue was      slime_async.transport.observer
 events.jsonl       what else happened          slime_async.telemetry.events
 spans/             who did what when           slime_async.telemetry.spans
-checkpoints/       the learner's
+checkpoints/       the learner's               slime_async.learner.checkpoint.directory
+incarnation        how often it was started
+lock               held by the launcher
 summary.json       the result                  slime_async.telemetry.summary
 report.html        all of it, to look at       slime_async.report
 timeline.json      the spans, for Perfetto     slime_async.telemetry.timeline
@@ -16,7 +18,10 @@ timeline.json      the spans, for Perfetto     slime_async.telemetry.timeline
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -49,3 +54,14 @@ def make_run_directory(config: Config, now: datetime) -> Path:
 def write_config(config: Config, run: Path) -> None:
     """The configuration as resolved; the roles read this file."""
     (run / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """No other launcher runs in this directory meanwhile. Raises ``ConfigError`` when one does."""
+    with (run / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another launcher runs in {run}: wait for its end, or stop it") from None
+        yield

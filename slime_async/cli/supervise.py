@@ -86,6 +86,7 @@ class Supervisor:
 
     async def start(self) -> str:
         """Start everything; returns the hub's address. Raises ``RunError`` when the hub does not come up."""
+        self._plan.ready_file.unlink(missing_ok=True)  # a run that is resumed has one of its last hub
         await self._start(self._plan.hub("", "hub"))
         self.address = await self._hub_address()
         for index in range(self._plan.actors):

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from slime_async.cli.common import add_config_argument, config_of
+from slime_async.cli.flags import overrides
 from slime_async.cli.launch_local import LocalLauncher
 from slime_async.cli.observe import observe
 from slime_async.cli.prepare import prepare_model
 from slime_async.cli.result import print_summary
+from slime_async.cli.resume import resumed_config
 from slime_async.cli.roles import plan_run
-from slime_async.cli.run_directory import make_run_directory, write_config
+from slime_async.cli.run_directory import make_run_directory, owned, write_config
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
@@ -34,7 +36,13 @@ Watch = Callable[[Config, Path, str], Coroutine[Any, Any, None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
+    add_config_argument(parser, optional=True)
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="in place of CONFIG: go on with the run in this directory, from its latest checkpoint",
+    )
     parser.add_argument(
         "--control",
         action="store_true",
@@ -43,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    if parsed.resume is not None:
+        return resume(parsed)
+    if parsed.config is None:
+        raise ConfigError("give a configuration (examples/demo.toml is one), or --resume RUN to go on with a run")
     config = config_of(parsed)
     if parsed.control:
         config = with_control(config)
@@ -50,10 +62,27 @@ def run(parsed: argparse.Namespace) -> int:
     check_extras(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
-    config = prepare_model(config, directory)
-    write_config(config, directory)
-    write_environment(directory)
-    return train(config, directory, plan_run(config, directory))
+    with owned(directory):
+        config = prepare_model(config, directory)
+        write_config(config, directory)
+        write_environment(directory)
+        return train(config, directory, plan_run(config, directory))
+
+
+def resume(parsed: argparse.Namespace) -> int:
+    """Go on with a run; what flags changed is written into its configuration."""
+    if parsed.config is not None or parsed.control:
+        raise ConfigError(
+            f"--resume {parsed.resume} goes on with that run's own configuration: leave "
+            f"{'--control' if parsed.config is None else parsed.config} out"
+        )
+    directory = parsed.resume
+    config = resumed_config(directory, overrides(parsed))
+    check_modules(config)
+    check_extras(config)
+    with owned(directory):
+        write_config(config, directory)
+        return train(config, directory, plan_run(config, directory))
 
 
 def with_control(config: Config) -> Config:

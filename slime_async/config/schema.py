@@ -184,10 +184,26 @@ class LearnerConfig(Section):
     """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
     threads: PositiveInt = 1
     """CPU threads per rank while RL runs"""
-    max_restarts: int = Field(4, ge=0)
-    """How often a learner that died is started again, from its last checkpoint, before the run fails"""
     lease_timeout_s: PositiveFloat = 600.0
     """Waiting this long for a batch ends the run with an error that says what was missing"""
+    max_restarts: int = Field(4, ge=0)
+    """How many times a dead learner is started again, from its latest checkpoint, before the run fails; without
+    checkpoint.interval_steps it never is"""
+
+
+class CheckpointConfig(Section):
+    """What a learner goes on from after its death or with --resume, and exports for others."""
+
+    interval_steps: int = Field(0, ge=0)
+    """Batches between two checkpoints; 0 writes only the one at the end"""
+    keep: PositiveInt = 2
+    """How many checkpoints stay: the latest ones"""
+    async_write: bool = True
+    """Write behind the next steps, from a copy in host memory; false stops training meanwhile and still copies"""
+    timeout_s: PositiveFloat = 600.0
+    """A checkpoint that takes longer to write ends the run"""
+    hf_interval_steps: int = Field(0, ge=0)
+    """Batches between two Hugging Face exports below checkpoints/hf, which all stay; 0 exports only the last weights"""
 
 
 class WarmStartConfig(Section):
@@ -273,6 +289,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weights: WeightsConfig = WeightsConfig()
     learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hub: HubConfig = HubConfig()
@@ -281,3 +298,13 @@ class Config(Section):
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's model, DDP and optimizer configs, by their own names"""
+
+    @property
+    def hub_restarts(self) -> int:
+        """How many times a hub that was killed is started again: never where it would have forgotten everything."""
+        return self.hub.max_restarts if self.hub.journal else 0
+
+    @property
+    def learner_restarts(self) -> int:
+        """How many times a dead learner is started again: never where it would have to begin anew."""
+        return self.learner.max_restarts if self.checkpoint.interval_steps else 0

@@ -1,7 +1,12 @@
 """The metrics of a run: one JSON line per step in ``RUN/metrics.jsonl``, every name documented here.
 
-A line holds ``step`` (the version it trained from, counting from 0), ``phase``, ``time_s`` (Unix time), and metrics.
-Steps that are trained again after a restart appear twice; the last line counts.
+A line holds ``step`` (the version it trained from, counting from 0), ``phase``, ``incarnation`` (which start of the
+learner wrote it), ``time_s`` (Unix time), and metrics.
+
+A learner that restarts goes on from its latest checkpoint, so that steps appear again. What it takes back is the
+history from its first step on, not only the lines it writes itself: a reader that meets a newer incarnation forgets all
+earlier lines from that step on, and ignores lines of older incarnations that come later (``read_metrics`` does both).
+A checkpoint is complete only after the lines of all its steps are written, so no step is ever missing.
 """
 
 from __future__ import annotations
@@ -79,6 +84,11 @@ METRICS: dict[str, Metric] = {
     "publish_stall_s": Metric(
         "s", "What publishing kept the learner from training", "Above 0 for long: publications take longer than steps"
     ),
+    "checkpoint_stall_s": Metric(
+        "s",
+        "What checkpoints kept the learner from training, since the last line",
+        "Most of a step: set `checkpoint.async_write`, or a longer `checkpoint.interval_steps`",
+    ),
     "step_s": Metric("s", "From one step's end to the next's"),
     "learner_tokens_per_s": Metric("tokens/s", "Tokens of the batch, prompts included, over train_s"),
     "requests_in_flight_at_update": Metric("requests", "Running in all engines when the weights changed under them"),
@@ -93,7 +103,7 @@ FAMILIES = {
     "correction/": "what was masked or rejected",
     "loss/": "parts of the loss",
     "staleness/": "sampled tokens of the batch by their age in versions, masked ones included",
-    "sequence/": "ratios of whole sequences",
+    "sequences/": "computed, by bucket of staleness",
     "tokens/": "computed, by bucket of staleness",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }
@@ -103,8 +113,9 @@ FAMILIES = {
 class MetricsWriter:
     """Appends a line per step; a name without documentation is refused, so that none is misspelt or unexplained."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, incarnation: int = 1) -> None:
         self._lines = JsonLines(path)
+        self._incarnation = incarnation
 
     def write(self, step: int, values: Mapping[str, float], phase: Phase = "rl") -> None:
         """Raises ``ValueError`` for names that are neither in ``METRICS`` nor of one of ``FAMILIES``."""
@@ -112,7 +123,8 @@ class MetricsWriter:
         if unknown:
             raise ValueError(f"metrics {', '.join(unknown)} are not documented: add them to {__name__}.METRICS")
         numbers = {name: float(value) for name, value in values.items()}
-        self._lines.write({"step": step, "phase": phase, "time_s": time.time(), **numbers})
+        who = {"step": step, "phase": phase, "incarnation": self._incarnation}
+        self._lines.write({**who, "time_s": time.time(), **numbers})
 
     def close(self) -> None:
         self._lines.close()
@@ -123,6 +135,17 @@ def is_documented(name: str) -> bool:
 
 
 def read_metrics(path: Path, phase: Phase = "rl", problem: Problem | None = None) -> Iterator[dict[str, Any]]:
-    """One line per step, ascending; of a step that was trained again, the last. ``problem`` as in ``read_jsonl``."""
-    by_step = {line["step"]: line for line in read_jsonl(path, problem) if line.get("phase") == phase}
+    """One line per step, ascending: those of the present weights' history, as the module's docstring says.
+
+    ``problem`` as in ``read_jsonl``.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    incarnation = 0
+    for line in read_jsonl(path, problem):
+        if line["phase"] != phase or line["incarnation"] < incarnation:
+            continue
+        if line["incarnation"] > incarnation:
+            incarnation = line["incarnation"]
+            by_step = {step: kept for step, kept in by_step.items() if step < line["step"]}
+        by_step[line["step"]] = line
     yield from (by_step[step] for step in sorted(by_step))

@@ -70,6 +70,7 @@ def make_config(
             "batch": {"groups": 2, "group_size": 2, **batch},
             "staleness": {"max_staleness": eta},
             "learner": learner or {},
+            "checkpoint": {"interval_steps": 5 if learner else 0},
             "hub": {
                 "heartbeat_interval_s": 0.05,
                 "heartbeat_timeout_s": heartbeat_timeout_s,

@@ -26,7 +26,7 @@ class ScriptedHub:
         self.futures: list[Future[Message]] = []
         self._answer = answer
 
-    def begin(self, message: Message, timeout_s: float) -> Future[Message]:
+    def begin(self, message: Message, timeout_s: float, *, retry: bool) -> Future[Message]:
         assert isinstance(message, Lease)
         assert timeout_s > message.wait_s
         self.leases.append(message)
@@ -44,7 +44,7 @@ class ScriptedHub:
 
 
 def make_feed(hub: ScriptedHub, last_version: int = 4, timeout_s: float = 60.0, check: Any = lambda: None) -> HubFeed:
-    return HubFeed(hub, INCARNATION, last_version, timeout_s, check)  # type: ignore[arg-type]
+    return HubFeed(hub, INCARNATION, last_version, timeout_s, 30.0, check)  # type: ignore[arg-type]
 
 
 def ready(lease: Lease) -> Batch:

@@ -34,12 +34,12 @@ def free_port() -> int:
         return port
 
 
-def run_ranks(ranks: int, checkpoint: Path, out: Path, layouts: list[dict[str, Any]]) -> None:
+def run_ranks(ranks: int, checkpoint: Path, out: Path, layouts: list[dict[str, Any]], job: Path = JOB) -> None:
     """One process per rank, all layouts in turn; any that fails or exceeds the deadline fails the test."""
     out.mkdir()
     arguments = [json.dumps(layout | {"port": free_port()}) for layout in layouts]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(JOB), str(checkpoint), str(out), *arguments]
+    command = [sys.executable, "-W", "ignore", str(job), str(checkpoint), str(out), *arguments]
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
