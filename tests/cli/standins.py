@@ -66,6 +66,7 @@ def make_plan(
     learner: str = FOREVER,
     actors: int = 1,
     max_restarts: int = 2,
+    learner_restarts: int = 0,
 ) -> RunPlan:
     (run / "pids").mkdir(parents=True)
     return RunPlan(
@@ -75,6 +76,7 @@ def make_plan(
         actor=lambda _address, name: standin(run, name, actor),
         actors=actors,
         max_restarts=max_restarts,
+        learner_restarts=learner_restarts,
     )
 
 

@@ -84,6 +84,44 @@ def test_a_learner_that_fails_ends_the_run_and_shows_its_exit_code(tmp_path: Pat
         supervise(tmp_path, standins.make_plan(tmp_path, learner="record()\nsys.exit(7)"))
 
 
+COUNTED = """
+lives = run / "lives"
+with lives.open("a") as file: file.write("x")
+record(f".{lives.stat().st_size}")
+"""
+"""As a learner that knows how often it was started"""
+
+
+def test_a_dead_learner_is_started_again_where_it_has_checkpoints(tmp_path: Path) -> None:
+    leave = "import time\nwhile not (run / 'lives').exists() or (run / 'lives').stat().st_size < 3: time.sleep(0.02)\n"
+    learner = COUNTED + "if lives.stat().st_size < 3: os.kill(os.getpid(), signal.SIGKILL)"
+    plan = standins.make_plan(
+        tmp_path, hub=standins.HUB + leave, actor="record()\n" + leave, learner=learner, learner_restarts=2
+    )
+    assert supervise(tmp_path, plan) == [
+        ("learner_died", {"learner": "learner", "exit_code": -9}),
+        ("learner_restarted", {"learner": "learner.1", "restarts": 1}),
+        ("learner_died", {"learner": "learner.1", "exit_code": -9}),
+        ("learner_restarted", {"learner": "learner.2", "restarts": 2}),
+    ]
+    assert (tmp_path / "logs" / "learner.2.log").exists()
+
+
+def test_restarts_of_the_learner_run_out(tmp_path: Path) -> None:
+    plan = standins.make_plan(tmp_path, learner=COUNTED + "sys.exit(7)", learner_restarts=1)
+    with pytest.raises(
+        RunError, match=r"^learner\.1 exited with code 7, and all 1 of learner\.max_restarts are used up"
+    ):
+        supervise(tmp_path, plan)
+
+
+def test_the_address_of_an_earlier_hub_is_not_taken_for_the_present_one(tmp_path: Path) -> None:
+    plan = standins.make_plan(tmp_path, hub="record()\nprint('address in use')\nsys.exit(4)")
+    plan.ready_file.write_text("tcp://127.0.0.1:9")
+    with pytest.raises(RunError, match="hub exited with code 4"):
+        supervise(tmp_path, plan)
+
+
 def test_a_role_that_the_user_must_help_is_not_started_again(tmp_path: Path) -> None:
     actor = "record()\nprint('slime-async: model.path is wrong')\nsys.exit(2)"
     with pytest.raises(RunError) as failure:
