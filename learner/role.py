@@ -355,6 +355,7 @@ def follow(config: Config, run_directory: Path) -> None:
 def run_learner(config: Config, hub_address: str, run_directory: Path) -> None:
     """One rank of the learner; which one, torchrun's environment says (a lone process needs none)."""
     torch.set_num_threads(config.learner.threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
     if int(os.environ.get("RANK", "0")) == 0:
         Learner(config, hub_address, run_directory).run()
     else:

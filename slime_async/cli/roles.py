@@ -30,6 +30,8 @@ def plan_run(config: Config, run: Path) -> RunPlan:
         argv = (*learner_interpreter(config.learner.ranks), *PROGRAM, "learner", *settings, "--hub", address)
         # SGLang turns cuMem off in its processes, and a broadcast needs the same on both sides
         environment = {**thread_environment(config.learner.threads), "NCCL_CUMEM_ENABLE": "0"}
+        if config.run.deterministic:  # what torch asks for before cuBLAS is
+            environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         return RoleCommand(name, argv, environment)
 
     return RunPlan(

@@ -116,6 +116,10 @@ def _training(config: Config) -> Iterator[str]:
             f"run.deterministic = true needs staleness.max_staleness = 0, which is {config.staleness.max_staleness}: "
             "asynchronous runs depend on timing"
         )
+    for section in ("actor", "learner", "warm_start"):
+        threads = getattr(config, section).threads
+        if config.run.deterministic and threads > 1:
+            yield f"run.deterministic = true needs {section}.threads = 1, which is {threads}: sums over threads vary"
 
 
 def _hub(config: Config) -> Iterator[str]:

@@ -27,7 +27,8 @@ class RunConfig(Section):
     seed: int = 0
     """Seeds data order, sampling and initialisation"""
     deterministic: bool = False
-    """Bitwise repeatable at staleness 0: one thread, fixed slots, batches sorted by task; slower"""
+    """Bitwise repeatable at staleness 0, and after a resumption: one thread, fixed decoding slots, batches sorted by
+    task, torch's deterministic algorithms; slower"""
     view: Literal["auto", "lines"] = "auto"
     """In a terminal ``auto`` fills the window with a live view; without one, and with ``lines``, lines are printed"""
     log_interval_s: PositiveFloat = 5.0

@@ -106,6 +106,21 @@ def test_a_hub_that_gives_up_is_not_started_again(tmp_path: Path) -> None:
         supervise(tmp_path, standins.make_plan(tmp_path, hub=hub, hub_restarts=3))
 
 
+def test_restarts_of_the_learner_run_out(tmp_path: Path) -> None:
+    plan = standins.make_plan(tmp_path, learner="record()\nsys.exit(7)", learner_restarts=1)
+    with pytest.raises(
+        RunError, match=r"^learner\.1 exited with code 7, and all 1 of learner\.max_restarts are used up"
+    ):
+        supervise(tmp_path, plan)
+
+
+def test_the_address_of_an_earlier_hub_is_not_taken_for_the_present_one(tmp_path: Path) -> None:
+    plan = standins.make_plan(tmp_path, hub="record()\nprint('address in use')\nsys.exit(4)")
+    plan.ready_file.write_text("tcp://127.0.0.1:9")
+    with pytest.raises(RunError, match="hub exited with code 4"):
+        supervise(tmp_path, plan)
+
+
 def test_a_role_that_the_user_must_help_is_not_started_again(tmp_path: Path) -> None:
     actor = "record()\nprint('slime-async: model.path is wrong')\nsys.exit(2)"
     with pytest.raises(RunError) as failure:

@@ -75,6 +75,11 @@ FILES = [
         "run.deterministic = true",
         ["run.deterministic = true", "staleness.max_staleness = 0, which is 2"],
     ),
+    (
+        "deterministic on many threads",
+        "run.deterministic = true\nlearner.threads = 4",
+        ["run.deterministic = true", "learner.threads = 1, which is 4"],
+    ),
     ("address without a port", "hub.address = 'tcp://here'", ["hub.address = 'tcp://here'", "tcp://HOST:PORT"]),
     (
         "hasty heartbeat",

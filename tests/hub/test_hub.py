@@ -9,6 +9,7 @@ from slime_async.protocol import (
     Batch,
     Commit,
     Drain,
+    Durable,
     Evaluate,
     EvaluationResult,
     Finish,
@@ -185,6 +186,28 @@ def test_leases_out_of_order_are_refused() -> None:
                 await learner.call(Lease(2, 0, 1.0))
             with pytest.raises(RemoteError, match="batch 0 cannot be committed"):
                 await learner.call(Commit(1, 0))
+
+    run(test())
+
+
+def test_with_checkpoints_payloads_are_kept_until_one_is_durable() -> None:
+    async def test() -> None:
+        config = make_config()
+        checkpoint = config.checkpoint.model_copy(update={"interval_steps": 2})
+        async with stage(config.model_copy(update={"checkpoint": checkpoint})) as hub:
+            actor, learner = await begin(hub)
+            await actor.deliver_all(await actor.granted(2 * B))
+            for version in range(2):
+                await learner.leased(version)
+                await learner.commit(version)
+                await learner.publish(version + 1)
+            assert len(hub.hub._payloads) == 2 * B
+            assert await learner.call(Durable(1, 1)) == Ok()
+            assert len(hub.hub._payloads) == B
+            assert await learner.call(Durable(1, 2)) == Ok()
+            assert not hub.hub._payloads
+            with pytest.raises(RemoteError, match="learner incarnation 2 is not the present one"):
+                await learner.call(Durable(2, 2))
 
     run(test())
 

@@ -21,6 +21,7 @@ from slime_async.config import Config
 from slime_async.learner.checkpoint.checkpointer import Checkpointer
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
+from slime_async.learner.feed import Feed
 from slime_async.learner.loop import SilentOutlet, train
 from slime_async.learner.trainer import Trainer
 from slime_async.protocol import Batch
@@ -39,27 +40,33 @@ SECTIONS: dict[str, dict[str, Any]] = {
 """Everything that has a state: moments, warm-up, reference weights"""
 
 
+def recorded(task: TaskRef, sample: int, version: int) -> Trajectory:
+    """The same in every life."""
+    rng = np.random.default_rng((task.serial, sample))
+    n = int(rng.integers(3, 18))
+    return Trajectory(
+        task=task,
+        sample=sample,
+        attempt=0,
+        token_ids=rng.integers(0, 33, n).astype(np.int32),
+        loss_mask=(np.arange(n) > 1).astype(np.uint8),
+        behavior_logprobs=rng.normal(-3.5, 0.5, n).astype(np.float32),
+        spans=(VersionSpan(0, WeightId(1, version)),),
+        reward=float(rng.normal()),
+        finish_reason="stop",
+    )
+
+
 class RecordedFeed:
-    """The same batches in every life: a function of their version."""
+    """Batches as ``SECTIONS`` shapes them."""
 
     def next_batch(self, train_version: int) -> Batch:
-        rng = np.random.default_rng(train_version)
-        trajectories = []
-        for i in range(6):
-            n = int(rng.integers(3, 18))
-            trajectory = Trajectory(
-                task=TaskRef(3 * train_version + i // 2, "recorded", 0),
-                sample=i % 2,
-                attempt=0,
-                token_ids=rng.integers(0, 33, n).astype(np.int32),
-                loss_mask=(np.arange(n) > 1).astype(np.uint8),
-                behavior_logprobs=rng.normal(-3.5, 0.5, n).astype(np.float32),
-                spans=(VersionSpan(0, WeightId(1, train_version)),),
-                reward=float(rng.normal()),
-                finish_reason="stop",
-            )
-            trajectories.append(trajectory)
-        return Batch(train_version, tuple(trajectories))
+        tasks = [TaskRef(3 * train_version + i, "recorded", 0) for i in range(3)]
+        return Batch(train_version, tuple(recorded(task, i, train_version) for task in tasks for i in range(2)))
+
+
+def no_one(_version: int) -> None:
+    """Nobody wants to know."""
 
 
 class FileOutlet(SilentOutlet):
@@ -68,6 +75,7 @@ class FileOutlet(SilentOutlet):
     def __init__(self, run: Path, incarnation: int, committed: Callable[[int], None]) -> None:
         self.metrics = MetricsWriter(run / "metrics.jsonl", incarnation)
         self.durable_versions: list[int] = []
+        self.on_durable = no_one
         self._committed = committed
 
     def commit(self, train_version: int) -> None:
@@ -78,6 +86,7 @@ class FileOutlet(SilentOutlet):
 
     def durable(self, version: int, seconds: float) -> None:
         self.durable_versions.append(version)
+        self.on_durable(version)
 
 
 @contextmanager
@@ -94,15 +103,22 @@ def life(config: Config, model: Path, run: Path) -> Iterator[tuple[Trainer, Star
 
 
 def train_run(
-    config: Config, model: Path, run: Path, committed: Callable[[int], None] = lambda _version: None
+    config: Config, model: Path, run: Path, committed: Callable[[int], None] = no_one
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Train to ``run.steps``, from wherever the run is: the weights, and the versions that became durable."""
     with life(config, model, run) as (trainer, start, directory):
         outlet = FileOutlet(run, start.incarnation, committed)
-        checkpointer = Checkpointer(config, trainer, directory, start.incarnation, start.state, outlet.durable)
-        with closing(SpanRecorder(run / "spans.jsonl", "learner")) as recorder, closing(outlet.metrics):
-            train(config, trainer, RecordedFeed(), outlet, recorder, checkpointer, start)
-        return {name: tensor.detach().clone() for name, tensor in trainer.export()}, outlet.durable_versions
+        return train_life(config, trainer, start, directory, RecordedFeed(), outlet), outlet.durable_versions
+
+
+def train_life(
+    config: Config, trainer: Trainer, start: Start, directory: CheckpointDirectory, feed: Feed, outlet: FileOutlet
+) -> dict[str, torch.Tensor]:
+    """One learner's life, from ``start`` to ``run.steps``; the weights at its end."""
+    checkpointer = Checkpointer(config, trainer, directory, start.incarnation, start.state, outlet.durable)
+    with closing(SpanRecorder(directory.path.parent / "spans.jsonl", "learner")) as recorder, closing(outlet.metrics):
+        train(config, trainer, feed, outlet, recorder, checkpointer, start)
+    return {name: tensor.detach().clone() for name, tensor in trainer.export()}
 
 
 def main() -> None:

@@ -14,17 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import SECTIONS, RecordedFeed, life, train_run
+from recorded import SECTIONS, FileOutlet, RecordedFeed, life, recorded, train_life, train_run
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from transformers import AutoModelForCausalLM
 
 from slime_async.config import Config
+from slime_async.config.schema import RunConfig
 from slime_async.learner.batch import prepare_batch
 from slime_async.learner.checkpoint.checkpointer import Checkpointer
 from slime_async.learner.checkpoint.directory import CheckpointDirectory, CheckpointError, next_incarnation
+from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.checkpoint.state import LearnerState
 from slime_async.learner.trainer import Trainer
+from slime_async.protocol import Batch
+from slime_async.queue import LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
 from slime_async.telemetry.metrics import read_metrics
+from slime_async.trajectory import Trajectory, TrajectoryKey
 
 DEADLINE_S = 60.0
 Checkpoints = Callable[[str], Path]
@@ -91,6 +96,71 @@ def test_a_learner_killed_and_resumed_ends_with_bitwise_the_weights_of_one_that_
     assert incarnations == [1 if step < first else 2 for step in range(6)]
     state = LearnerState.read(directory.of(6))
     assert (state.incarnation, state.version, state.data.trajectories, state.data.tasks) == (2, 6, 36, 18)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+class QueueFeed:
+    """A learner's side of the hub: the queue itself, and one actor that answers grants at once."""
+
+    def __init__(self, config: Config) -> None:
+        self.queue = TrajectoryQueue(QueueLimits.from_config(config), TaskStream({"train": 1.0}, shuffle=False))
+        self.queue.declare_sources({"train": 100})
+        self.batches: list[tuple[int, int, bool]] = []
+        """(incarnation, version, whether it was trained before) of every batch leased"""
+        self._payloads: dict[TrajectoryKey, Trajectory] = {}
+
+    def join(self, start: Start) -> None:
+        self._incarnation = start.incarnation
+        self.queue.learner_joined(start.incarnation, start.version, 0.0)
+        self.queue.publish(start.incarnation, start.version, 0.0)
+
+    def next_batch(self, train_version: int) -> Batch:
+        for reservation in self.queue.grant("actor", 100, 0.0):
+            trajectory = recorded(reservation.task, reservation.sample, self.queue.published_version)
+            self._payloads[trajectory.key] = trajectory
+            assert self.queue.deliver(TrajectoryMeta.of(trajectory, 1), "actor", 0.0) == "accepted"
+        leased = self.queue.lease(self._incarnation, train_version, 0.0)
+        assert isinstance(leased, LeasedBatch), leased
+        self.batches.append((self._incarnation, train_version, leased.retrained))
+        return Batch(train_version, tuple(self._payloads[key] for key in leased.keys))
+
+    def commit(self, version: int) -> None:
+        self.queue.commit(self._incarnation, version, 0.0)
+
+    def publish(self, version: int) -> None:
+        self.queue.publish(self._incarnation, version, 0.0)
+
+
+def test_a_returning_learner_is_given_the_batches_that_its_checkpoint_lacks_and_ends_with_the_same_weights(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    config = make_config(checkpoint={"interval_steps": 2, "async_write": False}, staleness={"max_staleness": 1})
+    config, model = config.model_copy(update={"run": RunConfig(steps=6)}), checkpoints("qwen3")
+
+    def live(run: Path, feed: QueueFeed, dies_at: int = -1) -> dict[str, torch.Tensor]:
+        def committed(version: int) -> None:
+            feed.commit(version)
+            if version == dies_at:
+                raise Killed
+            feed.publish(version + 1)
+
+        with life(config, model, run) as (trainer, start, directory):
+            feed.join(start)
+            outlet = FileOutlet(run, start.incarnation, committed)
+            outlet.on_durable = lambda version: feed.queue.make_durable(start.incarnation, version)
+            return train_life(config, trainer, start, directory, feed, outlet)
+
+    straight = live(tmp_path / "straight", QueueFeed(config))
+    feed = QueueFeed(config)
+    with pytest.raises(Killed):
+        live(tmp_path / "killed", feed, dies_at=3)
+    again = live(tmp_path / "killed", feed)
+    assert feed.batches == [(1, v, False) for v in range(4)] + [(2, v, v < 4) for v in range(2, 6)]
+    assert same(again, straight)
+    assert {key.task for key in feed.queue.payload_keys()} == {18, 19, 20}  # the batch after the last one
 
 
 def test_the_next_start_removes_what_a_killed_learner_left_and_goes_on_from_latest(tmp_path: Path) -> None:

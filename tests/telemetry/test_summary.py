@@ -90,6 +90,24 @@ def test_a_metric_without_documentation_is_refused(tmp_path: Path) -> None:
     assert [line["mismatch/ess"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.9]
 
 
+def test_a_restarted_learner_takes_back_the_steps_from_its_checkpoint_on(tmp_path: Path) -> None:
+    def write(incarnation: int, steps: range) -> None:
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", incarnation)
+        for step in steps:
+            writer.write(step, {"loss": incarnation})
+        writer.close()
+
+    def read() -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")}
+
+    write(1, range(6))
+    write(3, range(2, 4))  # its checkpoint was of version 2: steps 4 and 5 are no part of its history
+    assert read() == {0: 1, 1: 1, 2: 3, 3: 3}
+    write(1, range(6, 7))  # still alive, but replaced
+    write(3, range(4, 5))
+    assert read() == {0: 1, 1: 1, 2: 3, 3: 3, 4: 3}
+
+
 def test_every_metric_says_what_it_is() -> None:
     assert all(metric.definition for metric in METRICS.values())
     assert all(name.endswith("/") for name in FAMILIES)
