@@ -15,32 +15,32 @@ from slime_async.queue.gate import GateCause
 from slime_async.telemetry.jsonl import JsonLines
 from slime_async.telemetry.spans import PIECE_NS, SpanRecorder
 
-SAMPLED = (
-    "published_version",
-    "trained_version",
-    "reserved",
-    "running",
-    "queued",
-    "leased",
-    "trained",
-    "complete_groups",
-    "pacing",
-    "pacing_limit",
-    "held",
-    "held_limit",
-    "held_bytes",
-    "held_bytes_limit",
-    "busy_actors",
-    "failures",
-    "dropped",
-    "masked_tokens",
-    "staleness_in_generation",
-    "staleness_in_queue",
-    "length_generated_mean",
-    "length_trained_mean",
-    "length_distance",
-)
-"""Which of the statistics go to ``queue.jsonl``: some 500 bytes"""
+SAMPLED = {
+    "published_version": "The last version that engines hold",
+    "trained_version": "Batches trained",
+    "reserved": "Trajectories granted, generation not begun",
+    "running": "Trajectories being generated",
+    "queued": "Trajectories accepted, in open and complete groups",
+    "leased": "Trajectories with the learner",
+    "trained": "Trajectories trained, not yet in a durable checkpoint",
+    "complete_groups": "Groups that wait for a batch",
+    "pacing": "Trajectories between grant and publication",
+    "pacing_limit": "(η + 1) · B: where `pacing` closes admission",
+    "held": "Trajectories that count against the queue's bound: open groups in full, complete and leased ones",
+    "held_limit": "`batch.queue_trajectories`",
+    "held_bytes": "Bytes queued and leased",
+    "held_bytes_limit": "`batch.queue_bytes`",
+    "busy_actors": "Actors with anything granted",
+    "failures": "Episodes that failed, since the hub's start",
+    "dropped": "Trajectories accepted and dropped with their groups",
+    "masked_tokens": "Sampled tokens masked as stale, since the hub's start",
+    "staleness_in_generation": "Of the last batch: versions published while its tokens were generated, token-weighted",
+    "staleness_in_queue": "The same, between delivery and training",
+    "length_generated_mean": "Sampled tokens per trajectory, over the last 4,096 delivered",
+    "length_trained_mean": "The same, over the last 4,096 leased with any token unmasked",
+    "length_distance": "Kolmogorov–Smirnov distance of these two: far above 0.1, the bound discards by length",
+}
+"""Which of the statistics go to ``queue.jsonl``, some 500 bytes, and what they are"""
 
 
 class HubObserver:

@@ -39,6 +39,8 @@ def wandb_records(file: bytes) -> Iterator[bytes]:
             at += left
             continue
         size, kind = int.from_bytes(file[at + 4 : at + 6], "little"), file[at + 6]
+        if at + header + size > len(file):
+            return  # not all written yet
         record += file[at + header : at + header + size]
         at += header + size
         if kind in (1, 4):  # a whole record, or the last piece of one
