@@ -201,11 +201,11 @@ def test_with_checkpoints_payloads_are_kept_until_one_is_durable() -> None:
                 await learner.leased(version)
                 await learner.commit(version)
                 await learner.publish(version + 1)
-            assert len(hub.hub._payloads) == 2 * B
+            assert (await learner.status()).queue["payloads_in_memory"] == 2 * B
             assert await learner.call(Durable(1, 1)) == Ok()
-            assert len(hub.hub._payloads) == B
+            assert (await learner.status()).queue["payloads_in_memory"] == B
             assert await learner.call(Durable(1, 2)) == Ok()
-            assert not hub.hub._payloads
+            assert (await learner.status()).queue["payloads_in_memory"] == 0
             with pytest.raises(RemoteError, match="learner incarnation 2 is not the present one"):
                 await learner.call(Durable(2, 2))
 
