@@ -18,7 +18,7 @@ def kill_many(directory: Path, rounds: int) -> None:
 
 
 def test_whatever_was_promised_before_a_kill_is_there_after_it(tmp_path: Path) -> None:
-    kill_many(tmp_path, rounds=30)
+    kill_many(tmp_path, rounds=15)
 
 
 @pytest.mark.slow

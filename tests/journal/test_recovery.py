@@ -15,10 +15,10 @@ from slime_async.queue.events import BatchShape
 from slime_async.transport.journal import Journal, JournalCorrupt, JournalError, JournalVersionError, read_trail
 from tests.journal.examples import accepted, append, frames, key, segments, write_run
 
-COUNT = 3
+COUNT = 2
 HEADER = 28
 SMALL = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -27,7 +27,7 @@ class Gate:
     """Holds the writer's thread inside a write until it is opened."""
 
     def __init__(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
+        self.reached, self.opened, self.left = threading.Event(), threading.Event(), threading.Event()
         self.batches: list[int] = []
         original = journal.append_all
 
@@ -35,7 +35,10 @@ class Gate:
             self.batches.append(len(entries))
             self.reached.set()
             assert self.opened.wait(60)
-            return original(entries)
+            try:
+                return original(entries)
+            finally:
+                self.left.set()
 
         monkeypatch.setattr(journal, "append_all", append_all)
 
@@ -158,6 +161,7 @@ def test_a_write_that_does_not_end_counts_as_failed(tmp_path: Path, monkeypatch:
         gate.opened.set()
 
     run(play())
+    assert gate.left.wait(60)  # the files are the thread's until then
     journal.close()
 
 
