@@ -82,10 +82,10 @@ class Checkpointer:
             max([self._data.tasks, *(t.task.serial + 1 for t in batch.trajectories)]),
         )
         self._collect()
+        if _due(version, self._config.checkpoint.hf_interval_steps):
+            self._export(version)  # before a checkpoint of this version, from which nobody would export it again
         if _due(version, self._config.checkpoint.interval_steps):
             self.begin(version)
-        if _due(version, self._config.checkpoint.hf_interval_steps):
-            self._export(version)
         return time.monotonic() - begun
 
     def begin(self, version: int) -> None:

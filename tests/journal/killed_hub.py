@@ -24,8 +24,9 @@ from tests.journal.examples import accepted, frames, key
 
 KEPT = 12
 """The newest payloads that are kept"""
-SIZES = (10, 3_000, 200_000)
-SEGMENT_BYTES = 1 << 20
+SIZES = (10, 3_000, 200_000, 1_000_000)
+"""Payloads have half as much again; the largest are written and summed up at once"""
+SEGMENT_BYTES = 4 << 20
 DEADLINE_S = 60.0
 
 
@@ -52,7 +53,10 @@ def run_and_kill(directory: Path, first: int, appends: int, pause_s: float) -> i
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        append_until_killed(directory, first, writing)
+        try:
+            append_until_killed(directory, first, writing)
+        finally:
+            os._exit(1)
     os.close(writing)
     promised, deadline = b"", time.monotonic() + DEADLINE_S
     while promised.count(b"\n") < appends:

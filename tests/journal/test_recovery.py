@@ -15,10 +15,10 @@ from slime_async.queue.events import BatchShape
 from slime_async.transport.journal import Journal, JournalCorrupt, JournalError, JournalVersionError, read_trail
 from tests.journal.examples import accepted, append, frames, key, segments, write_run
 
-COUNT = 3
+COUNT = 2
 HEADER = 28
 SMALL = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -157,7 +157,7 @@ def test_damage_in_the_middle_is_refused_and_leaves_the_files_alone(tmp_path: Pa
 
 def test_damage_in_a_full_payload_segment_is_found_when_it_is_read(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, segment_bytes=200).journal
-    for number in range(COUNT):
+    for number in range(6):
         append(journal, number)
     path = segments(tmp_path, "payloads")[0]
     content = path.read_bytes()
@@ -172,7 +172,7 @@ def test_damage_in_a_full_payload_segment_is_found_when_it_is_read(tmp_path: Pat
 @pytest.mark.parametrize("kind", ["events", "payloads"])
 def test_a_missing_segment_is_named(tmp_path: Path, kind: str) -> None:
     journal = Journal.open(tmp_path, segment_bytes=200).journal
-    for number in range(COUNT):
+    for number in range(6):
         append(journal, number)
     journal.close()
     for path in segments(tmp_path, kind)[-1:]:

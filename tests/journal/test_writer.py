@@ -27,7 +27,7 @@ class Gate:
     """Holds the writer's thread inside a write until it is opened."""
 
     def __init__(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
+        self.reached, self.opened, self.left = threading.Event(), threading.Event(), threading.Event()
         self.batches: list[int] = []
         original = journal.append_all
 
@@ -35,7 +35,10 @@ class Gate:
             self.batches.append(len(entries))
             self.reached.set()
             assert self.opened.wait(60)
-            return original(entries)
+            try:
+                return original(entries)
+            finally:
+                self.left.set()
 
         monkeypatch.setattr(journal, "append_all", append_all)
 
@@ -130,6 +133,29 @@ def test_releases_and_snapshots_keep_their_place_among_appends(tmp_path: Path) -
     opened.journal.close()
 
 
+def test_releases_do_not_keep_appends_from_going_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.open(tmp_path).journal
+    gate = Gate(journal, monkeypatch)
+
+    async def play() -> None:
+        writer = JournalWriter(journal)
+        for number in range(10):
+            writer.append([accepted(number)], {key(number): frames(number)})
+            writer.release([key(number - 1)])
+        written = writer.append([], {key(3): frames(33)})
+        await asyncio.to_thread(gate.reached.wait, 60)
+        gate.opened.set()
+        await written
+        assert [bytes(frame) for frame in journal.read(key(3))] == frames(33)
+        await writer.close()
+
+    run(play())
+    assert gate.batches == [1, 9, 1]
+    opened = Journal.open(tmp_path)
+    assert list(opened.events) == [accepted(number) for number in range(10)]
+    opened.journal.close()
+
+
 def test_close_writes_what_is_pending(tmp_path: Path) -> None:
     async def play() -> None:
         writer = JournalWriter(Journal.open(tmp_path).journal, batch_bytes=100)
@@ -158,6 +184,7 @@ def test_a_write_that_does_not_end_counts_as_failed(tmp_path: Path, monkeypatch:
         gate.opened.set()
 
     run(play())
+    assert gate.left.wait(60)  # the files are the thread's until then
     journal.close()
 
 

@@ -7,9 +7,11 @@ any byte.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,6 +35,8 @@ def payload_of(accepted: Accepted) -> list[bytes]:
 class JournalMachine(QueueMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.no_sync = mock.patch.multiple(os, fsync=mock.DEFAULT, fdatasync=mock.DEFAULT)
+        self.no_sync.start()  # nobody cuts the power here: it would only take its time
         self.directory = Path(tempfile.mkdtemp(prefix="journal-"))
         self.disk = Journal.open(self.directory, segment_bytes=SEGMENT_BYTES).journal
         self.payloads: dict[TrajectoryKey, list[bytes]] = {}
@@ -132,6 +136,7 @@ class JournalMachine(QueueMachine):
             self.audit_agrees()
         self.disk.close()
         shutil.rmtree(self.directory)
+        self.no_sync.stop()
 
 
 TestJournalMachine = JournalMachine.TestCase

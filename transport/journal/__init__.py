@@ -5,6 +5,7 @@
 ``writer``     ``JournalWriter``: the same for asyncio, several appends in one write
 ``trail``      the events of a run, for ever; ``read_trail`` is the audit's way in
 ``payloads``   the trajectories' bytes, deleted when nobody needs them
+``placement``  how a payload is a record
 ``recovery``   what is cut and what is refused after a crash
 ``segment``    one file; ``records`` is its bytes, without I/O
 ``lock``       one hub per journal

@@ -27,7 +27,8 @@ from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.coders import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt, JournalError
 from slime_async.transport.journal.lock import DirectoryLock
-from slime_async.transport.journal.payloads import Appended, PayloadLog
+from slime_async.transport.journal.payloads import PayloadLog
+from slime_async.transport.journal.placement import Appended
 from slime_async.transport.journal.recovery import recover
 from slime_async.transport.journal.segment import PARTIAL, segment_paths
 from slime_async.transport.journal.trail import Needs, Position, Trail

@@ -8,49 +8,29 @@ third of a byte is copied for every byte that is deleted.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.coders import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt
+from slime_async.transport.journal.placement import Appended, Location, Planned, key_of, lengths_of
 from slime_async.transport.journal.records import (
     SEGMENT_HEADER_BYTES,
     Record,
     Scan,
     checksum,
-    flat,
     new_salt,
-    pack_record,
 )
 from slime_async.transport.journal.segment import Segment, segment_paths
 from slime_async.transport.journal.trail import Position
 
 MOSTLY_DEAD = 0.25
 """The part of a full segment that may be alive when it is emptied; its inverse bounds disk use"""
-_KEY = struct.Struct("<qq")
-
-
-class Location(NamedTuple):
-    """Where a payload lies."""
-
-    segment: int
-    record: Record
-
-    @property
-    def size_bytes(self) -> int:
-        """On disk"""
-        return self.record.end - self.record.offset
-
-
-class Appended(NamedTuple):
-    """What a write put where; it counts once ``PayloadLog.keep`` is told."""
-
-    before: Position
-    locations: dict[TrajectoryKey, Location]
+PARALLEL_BYTES = 1 << 20
+"""From here on a second thread for the checksums pays: they take as long as copying the bytes to the page cache"""
 
 
 class PayloadLog:
@@ -63,7 +43,7 @@ class PayloadLog:
         self._live_bytes: dict[int, int] = {}
         self._index: dict[TrajectoryKey, Location] = {}
         self._unsynced: set[int] = set()
-        self.moved_bytes = 0
+        self._helper = ThreadPoolExecutor(1, "journal checksums")
 
     @classmethod
     def open(cls, directory: Path, segment_bytes: int, create: bool) -> tuple[PayloadLog, Scan | None]:
@@ -109,21 +89,42 @@ class PayloadLog:
         """
         if self._active.size >= self._segment_bytes and any(payloads):
             self._begin_segment(self._active.number + 1)
-        before, ends = self.end, []
-        buffers: list[memoryview] = []
-        locations: dict[TrajectoryKey, Location] = {}
-        offset = before.offset
+        before, ends, offset = self.end, [], self.end.offset
+        planned: list[Planned] = []
         for mapping in payloads:
             for key, frames in mapping.items():
-                record, packed = self._pack(offset, key, frames)
-                locations[key] = Location(before.segment, record)
-                offset = record.end
-                buffers += packed
+                planned.append(Planned.of(offset, key, frames))
+                offset += planned[-1].size_bytes
             ends.append(Position(before.segment, offset))
-        if buffers:
+        if planned:
             self._unsynced.add(before.segment)
-            self._active.append(buffers)
+        large = offset - before.offset >= PARALLEL_BYTES
+        records = self._write_large(planned) if large else self._write(planned)
+        locations = {one.key: Location(before.segment, record) for one, record in zip(planned, records, strict=True)}
         return Appended(before, locations), ends
+
+    def _write(self, planned: Sequence[Planned], checksums: Sequence[int | None] | None = None) -> list[Record]:
+        salt = self._active.salt
+        packed = [one.pack(salt, crc) for one, crc in zip(planned, checksums or [None] * len(planned), strict=True)]
+        self._active.append([buffer for _, buffers in packed for buffer in buffers])
+        return [record for record, _ in packed]
+
+    def _write_large(self, planned: Sequence[Planned]) -> list[Record]:
+        """Write and sum up at the same time, in two threads; the heads are made right once the sums are known.
+
+        Until then the records don't pass for valid, as they would not if half of them were written.
+        """
+        active, size = self._active, self._active.size
+        summing = self._helper.submit(lambda: [checksum(one.body, active.salt) for one in planned])
+        self._write(planned, [0] * len(planned))
+        packed = [one.pack(active.salt, crc) for one, crc in zip(planned, summing.result(), strict=True)]
+        try:
+            for record, buffers in packed:
+                active.overwrite(record.offset, buffers[0])
+        except OSError:
+            active.cut(size)
+            raise
+        return [record for record, _ in packed]
 
     def keep(self, locations: Mapping[TrajectoryKey, Location]) -> None:
         """From now on the payloads of these keys lie there."""
@@ -164,7 +165,7 @@ class PayloadLog:
         """Raises ``KeyError`` for a key without payload, ``JournalCorrupt`` for bytes that are not what was written."""
         location = self._index[key]
         segment, record = self._segments[location.segment], location.record
-        frames = segment.read(record.body_offset, _lengths(record))
+        frames = segment.read(record.body_offset, lengths_of(record))
         if checksum(frames, segment.salt) != record.body_crc:
             raise JournalCorrupt(segment.path, f"the payload of {key} has a wrong checksum", record.offset)
         return frames
@@ -205,6 +206,7 @@ class PayloadLog:
             self._unsynced.discard(number)
 
     def close(self) -> None:
+        self._helper.shutdown(wait=False)
         for segment in self._segments.values():
             segment.close()
 
@@ -220,22 +222,9 @@ class PayloadLog:
         scanned = segment.scan(verify_bodies=newest)
         if scanned.problem and (scanned.damaged or not newest):
             raise JournalCorrupt(path, scanned.problem, scanned.end)
-        self.keep({_key(record): Location(segment.number, record) for record in scanned.records})
+        self.keep({key_of(record): Location(segment.number, record) for record in scanned.records})
         return scanned
 
     def _begin_segment(self, number: int) -> None:
         self._segments[number] = Segment.create(self._directory, "payloads", number, new_salt())
         self._live_bytes[number] = 0
-
-    def _pack(self, offset: int, key: TrajectoryKey, frames: Sequence[Buffer]) -> tuple[Record, list[memoryview]]:
-        body = [flat(frame) for frame in frames]
-        lengths = struct.pack(f"<{len(body)}Q", *(part.nbytes for part in body))
-        return pack_record(offset, _KEY.pack(*key) + lengths, body, self._active.salt)
-
-
-def _key(record: Record) -> TrajectoryKey:
-    return TrajectoryKey(*_KEY.unpack_from(record.meta))
-
-
-def _lengths(record: Record) -> tuple[int, ...]:
-    return tuple(length for (length,) in struct.iter_unpack("<Q", record.meta[_KEY.size :]))

@@ -113,9 +113,14 @@ def check_segment_header(data: Data, kind: Kind, number: int, path: Path) -> int
     return int(salt)
 
 
-def pack_record(offset: int, meta: bytes, body: Sequence[memoryview], salt: int) -> tuple[Record, list[memoryview]]:
-    """A record for ``offset``, and the buffers to write there one after the other; the body's are the ones given."""
-    size, crc = sum(part.nbytes for part in body), checksum(body, salt)
+def pack_record(
+    offset: int, meta: bytes, body: Sequence[memoryview], salt: int, body_crc: int | None = None
+) -> tuple[Record, list[memoryview]]:
+    """A record for ``offset``, and the buffers to write there one after the other; the body's are the ones given.
+
+    ``body_crc``: its checksum, where it is known already.
+    """
+    size, crc = sum(part.nbytes for part in body), checksum(body, salt) if body_crc is None else body_crc
     head = _RECORD.pack(_RECORD_MAGIC, len(meta), size, crc, 0)[: -_CRC.size]
     begin = b"".join((head, _CRC.pack(checksum((head, meta), salt)), meta))
     record = Record(offset, meta, offset + len(begin), size, crc)

@@ -75,6 +75,10 @@ class Segment:
         self.size += write_all(self._descriptor, buffers, offset)
         return offset
 
+    def overwrite(self, offset: int, buffer: memoryview) -> None:
+        """Of what was just appended, before anybody is told of it."""
+        write_all(self._descriptor, [buffer], offset)
+
     def cut(self, size: int) -> None:
         os.ftruncate(self._descriptor, size)
         self.size = size

@@ -15,7 +15,6 @@ on disk, so this hub cannot go on. The journal itself is whole, and another hub 
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,14 +37,20 @@ class _Append:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Tidy:
-    """Something for the same thread, in its place among the appends."""
+class _Release:
+    keys: frozenset[TrajectoryKey]
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Compact:
+    """Exactly in its place among the appends: the snapshot is of what was appended before."""
 
     action: Callable[[], None]
     size_bytes: int = 0
 
 
-_Job = _Append | _Tidy
+_Job = _Append | _Release | _Compact
 
 
 class JournalWriter:
@@ -95,16 +100,16 @@ class JournalWriter:
 
     def release(self, keys: Iterable[TrajectoryKey]) -> None:
         """``Journal.release``, after everything that was appended before."""
-        if released := tuple(keys):
-            self._enqueue(_Tidy(partial(self._journal.release, released)))
+        if released := frozenset(keys):
+            self._enqueue(_Release(released))
 
     def maybe_compact(self, snapshot: Callable[[], Snapshot]) -> None:
         """``Journal.maybe_compact``. ``snapshot`` is called now if at all: append the queue's events before."""
         if self._journal.snapshot_due:
             state = snapshot()
-            self._enqueue(_Tidy(partial(self._journal.maybe_compact, lambda: state)))
+            self._enqueue(_Compact(partial(self._journal.maybe_compact, lambda: state)))
         else:
-            self._enqueue(_Tidy(self._journal.tidy))
+            self._enqueue(_Compact(self._journal.tidy))
 
     async def room(self) -> None:
         """Wait while too many bytes are on their way; to be awaited before the queue is asked to take more.
@@ -161,15 +166,33 @@ class JournalWriter:
         return jobs
 
     def _perform(self, jobs: Sequence[_Job]) -> list[Position]:
-        """In the thread. The positions of the appends among them."""
+        """In the thread. The positions of the appends among them.
+
+        Releases wait for the appends behind them, so that they don't keep these from going out together.
+        """
         positions: list[Position] = []
-        for is_append, run in itertools.groupby(jobs, key=lambda job: isinstance(job, _Append)):
-            if is_append:
-                positions += self._journal.append_all([job.entry for job in run if isinstance(job, _Append)])
-            else:
-                for job in run:
-                    assert isinstance(job, _Tidy)
-                    job.action()
+        entries: list[Entry] = []
+        released: set[TrajectoryKey] = set()
+
+        def write() -> None:
+            nonlocal positions
+            positions += self._journal.append_all(entries) if entries else []
+            self._journal.release(released)
+            entries.clear()
+            released.clear()
+
+        for job in jobs:
+            match job:
+                case _Append(entry):
+                    if not released.isdisjoint(entry.payloads):  # a key that comes again after its release
+                        write()
+                    entries.append(entry)
+                case _Release(keys):
+                    released |= keys
+                case _Compact(action):
+                    write()
+                    action()
+        write()
         return positions
 
     def _written(
