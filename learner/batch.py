@@ -42,7 +42,8 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
     for trajectory, advantage in zip(ordered, advantages, strict=True):
         versions = trajectory.token_versions()
         sampled = versions != NOT_SAMPLED
-        staleness = np.where(sampled, train_version - versions, 0)
+        # weights that were lost with a learner's rollback may be newer than the present ones: as fresh as can be
+        staleness = np.where(sampled, np.maximum(train_version - versions, 0), 0)
         weight = stale_token_mask(versions, train_version, config.staleness.max_staleness) if masked else sampled
         weight_mask = np.asarray(weight, dtype=np.uint8)
         ages.update(staleness[sampled].tolist())

@@ -104,7 +104,7 @@ class Hub:
         self._observer = observer or HubObserver.silent()
         self._run_id = run_id
         self._clock = clock
-        self._store = Store.open(config, run_directory, on_failure=self._fail)
+        self._store = Store.open(config, run_directory)
         self._queue = self._store.queue
         self._waits_for_old_peers = self._queue.has_begun
         """A restarted hub grants nothing before the actors had time to return with what they work on"""
@@ -142,13 +142,14 @@ class Hub:
         serving = asyncio.create_task(self._server.serve(), name="hub server")
         watching = asyncio.create_task(self._watch_for_stalls(), name="hub watchdog")
         telling = asyncio.create_task(self._tell_learner_members(), name="hub members")
+        storing = asyncio.create_task(self._store.watch(), name="hub journal")
         returning = asyncio.create_task(self._await_old_peers(), name="hub return")
         sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
-        running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, finishing, returning}
+        running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, storing, finishing, returning}
         try:
             await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching, telling, sampling):
+            for task in (serving, watching, telling, sampling, storing):
                 if task.done():
                     await task
             if self._failure is not None:

@@ -14,7 +14,7 @@ Without a journal (``hub.journal = false``) everything is in memory only, and di
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from slime_async.config import Config
@@ -28,11 +28,10 @@ from slime_async.transport.journal import Journal, JournalWriter, Position
 class Store:
     """Keeps the queue's promises across a restart. One instance lives in the hub's event loop."""
 
-    def __init__(self, queue: TrajectoryQueue, journal: Journal | None, on_failure: Callable[[BaseException], None]):
+    def __init__(self, queue: TrajectoryQueue, journal: Journal | None):
         self.queue = queue
         self._journal = journal
         self._writer = None if journal is None else JournalWriter(journal)
-        self._on_failure = on_failure
         self._memory: dict[TrajectoryKey, ReceivedTrajectory] = {}
         self._accepted: list[ReceivedTrajectory] = []
         """Not handed to the journal yet"""
@@ -40,22 +39,22 @@ class Store:
         """Of the latest append; all before it are written too when it is"""
 
     @classmethod
-    def open(cls, config: Config, run_directory: Path | None, on_failure: Callable[[BaseException], None]) -> Store:
+    def open(cls, config: Config, run_directory: Path | None) -> Store:
         """The queue as the journal in ``run_directory`` left it, or a new one; nothing is on disk without a directory,
-        or with ``hub.journal`` off. ``on_failure`` gets what the journal dies of.
+        or with ``hub.journal`` off.
 
         Raises ``JournalError``, and ``ValueError`` for a journal of another batch shape.
         """
         limits, tasks = QueueLimits.from_config(config), TaskStream.from_config(config)
         if run_directory is None or not config.hub.journal:
-            return cls(TrajectoryQueue(limits, tasks), None, on_failure)
+            return cls(TrajectoryQueue(limits, tasks), None)
         opened = Journal.open(run_directory / "journal", fsync=config.hub.journal_fsync)
         if not opened.events:
-            return cls(TrajectoryQueue(limits, tasks), opened.journal, on_failure)
+            return cls(TrajectoryQueue(limits, tasks), opened.journal)
         queue = TrajectoryQueue.replay(limits, tasks, opened.events)
         queue.take_released()  # before the restart, or by the next line
         opened.journal.retain(queue.payload_keys())
-        return cls(queue, opened.journal, on_failure)
+        return cls(queue, opened.journal)
 
     @property
     def is_durable(self) -> bool:
@@ -90,7 +89,7 @@ class Store:
             return
         payloads = {t.key: (t.encoded.header, *t.encoded.frames) for t in accepted}
         self._written = self._writer.append(events, payloads)
-        self._written.add_done_callback(self._check)
+        self._written.add_done_callback(_seen)
         self._writer.release(released)
         self._writer.maybe_compact(self.queue.state)
 
@@ -100,6 +99,12 @@ class Store:
         if self._writer is not None and self._written is not None:
             await asyncio.shield(self._written)
             await self._writer.room()
+
+    async def watch(self) -> None:
+        """Never returns; raises what the journal dies of."""
+        if self._writer is not None:
+            await self._writer.watch()
+        await asyncio.Event().wait()
 
     def as_report(self) -> Report:
         memory: Report = {"payloads_in_memory": len(self._memory)}
@@ -119,6 +124,8 @@ class Store:
             read[key] = decode_trajectory(EncodedTrajectory(bytes(header), tuple(frames)))
         return read
 
-    def _check(self, written: asyncio.Future[Position]) -> None:
-        if not written.cancelled() and (error := written.exception()) is not None:
-            self._on_failure(error)
+
+def _seen(written: asyncio.Future[Position]) -> None:
+    """Its error is raised by ``persist`` and ``watch``: no "never retrieved" then."""
+    if not written.cancelled():
+        written.exception()

@@ -57,7 +57,7 @@ def learner_broadcast(times: int) -> None:
 
         send(group, half() if next(passages) == times else iter(every))
 
-    WeightGroup.send = aimed  # type: ignore[method-assign]
+    WeightGroup.send = aimed  # type: ignore[method-assign, assignment]
 
 
 def learner_checkpoint(times: int) -> None:
@@ -79,7 +79,7 @@ def actor_delivery(times: int) -> None:
             asyncio.get_running_loop().call_soon(die)
         return await call(client, message, timeout_s, retry=retry)
 
-    HubClient.call = aimed  # type: ignore[method-assign]
+    HubClient.call = aimed  # type: ignore[method-assign, assignment]
 
 
 def actor_receive(times: int) -> None:

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,8 @@ class Killer:
     seconds: float
     least: int
     seed: int
-    roles: Sequence[Role] = ROLES
+    may_strike: Callable[[Role], bool] = lambda _role: True
+    """Not yet, while a life is still aimed at"""
     kills: list[Kill] = field(default_factory=list)
 
     async def strike(self) -> None:
@@ -47,9 +48,10 @@ class Killer:
         await self._calm()
         begun = time.monotonic()
         while time.monotonic() - begun < self.seconds or self._missing():
-            role = chance.choice(self._missing() or list(self.roles))
+            open_to = [role for role in self._missing() or ROLES if self.may_strike(role)]
+            role = chance.choice(open_to) if open_to else None
             await asyncio.sleep(chance.uniform(0.0, 1.0))  # anywhere in a step, not only at its end
-            if pids := list(processes(self.run, role)):
+            if role is not None and (pids := list(processes(self.run, role))):
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 self.kills.append(Kill(role, time.time()))
                 print(f"chaos: killed {role} ({len(self.kills)})", flush=True)
@@ -58,7 +60,7 @@ class Killer:
 
     def _missing(self) -> list[Role]:
         struck = Counter(kill.role for kill in self.kills)
-        return [role for role in self.roles if struck[role] < self.least]
+        return [role for role in ROLES if struck[role] < self.least]
 
     async def _calm(self) -> None:
         trained = self._trained()

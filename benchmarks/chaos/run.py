@@ -57,21 +57,21 @@ def run_under_fire(config: Config, aims: Aims, seconds: float, least: int, seed:
     directory = make_run_directory(config, datetime.now())
     config = prepare_model(config, directory)
     write_config(config, directory)
-    killer = Killer(directory, seconds, least, seed)
+    lives: Counter[Role] = Counter()
+    killer = Killer(directory, seconds, least, seed, lambda role: lives[role] > len(aims.get(role, ())))
 
     async def watch(_config: Config, _directory: Path, _address: str) -> None:
         await killer.strike()
         await asyncio.Event().wait()
 
-    exit_code = train(config, directory, aimed_at(plan_run(config, directory), aims), watch)
+    exit_code = train(config, directory, aimed_at(plan_run(config, directory), aims, lives), watch)
     steps = list(read_metrics(directory / "metrics.jsonl"))
     report = audit(read_trail(directory / JOURNAL), steps, has_finished(directory))
     return Outcome(directory, exit_code, summarise(directory), deaths_of(directory), report)
 
 
-def aimed_at(plan: RunPlan, aims: Aims) -> RunPlan:
-    """The same plan; each life of a role is started with the next of its aims, while there are any."""
-    lives: Counter[Role] = Counter()
+def aimed_at(plan: RunPlan, aims: Aims, lives: Counter[Role]) -> RunPlan:
+    """The same plan; each life of a role is started with the next of its aims, while there are any, and counted."""
 
     def aim(command: RoleCommand) -> RoleCommand:
         role = role_of(command.name)

@@ -80,7 +80,7 @@ def measure(batch: Iterable[Accepted], train_version: int, max_staleness: int) -
     for accepted in batch:
         fresh = 0
         for version, tokens in accepted.meta.tokens_by_version:
-            age = train_version - version
+            age = max(0, train_version - version)  # below 0: weights that were lost with a learner's rollback
             counts[age] = counts.get(age, 0) + tokens
             generation += tokens * (accepted.delivered_version - version)
             queue += tokens * (train_version - accepted.delivered_version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_run_whose_roles_are_all_killed_ends_well_and_passes_its_audit(tmp_pat
     assert outcome.exit_code == 0
     assert outcome.audit.clean, "\n".join(outcome.audit.lines())
     assert outcome.summary.steps == 40
-    died = [death.role for death in outcome.deaths]
-    assert {role: died.count(role) >= 2 for role in ("hub", "actor", "learner")} == dict.fromkeys(
-        ("hub", "actor", "learner"), True
-    )
+    died = Counter(death.role for death in outcome.deaths)
+    assert died["hub"] >= 2
+    assert died["actor"] >= 2
+    assert died["learner"] >= 3

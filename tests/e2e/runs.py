@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo.toml"
-TIMEOUT_S = 100.0
+TIMEOUT_S = 200.0
 """For anything that a run is waited for; a healthy one takes a fraction of it"""
 
 TINY = {
