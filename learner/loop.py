@@ -125,4 +125,5 @@ def train(
             outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})
         with recorder.span("checkpoint", step=version):
             checkpoint_stall_s = checkpointer.after_batch(version + 1, batch)  # after the line that it makes final
-    checkpointer.finish(config.run.steps)
+    with recorder.span("checkpoint", step=config.run.steps):
+        checkpointer.finish(config.run.steps)
