@@ -15,7 +15,7 @@ from slime_async.telemetry.jsonl import read_jsonl
 from slime_async.telemetry.metrics import read_metrics
 from slime_async.telemetry.overlap import rl_phase
 from slime_async.telemetry.spans import Track, read_tracks
-from slime_async.telemetry.summary import Summary, summarise
+from slime_async.telemetry.summary import Summary, summary_of
 
 Record = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -111,14 +111,17 @@ def read_run(path: Path) -> RunData:
     if not any((path / name).exists() for name in ("config.toml", "events.jsonl", "metrics.jsonl", "spans")):
         raise FileNotFoundError(f"{path} is no run directory: it has neither config.toml nor metrics.jsonl")
     problems: list[str] = []
+    steps = [line for line in read_metrics(path / "metrics.jsonl", problem=problems.append) if "time_s" in line]
+    events = [event for event in _timed(path / "events.jsonl", problems) if "event" in event]
+    tracks = read_tracks(path / "spans", problems.append)
     return RunData(
         path=path,
         label=path.resolve().name,
-        summary=summarise(path, lambda _: None),
-        steps=[line for line in read_metrics(path / "metrics.jsonl", problem=problems.append) if "time_s" in line],
+        summary=summary_of(events, steps, tracks),
+        steps=steps,
         queue=_timed(path / "queue.jsonl", problems),
-        events=_timed(path / "events.jsonl", problems),
-        tracks=read_tracks(path / "spans", problems.append),
+        events=events,
+        tracks=tracks,
         config_text=_text(path / "config.toml", problems),
         environment=_json(path / "environment.json", problems),
         problems=problems,

@@ -49,13 +49,12 @@ def difference(left: Iterable[Interval], right: Iterable[Interval]) -> list[Inte
     for start, end in union(left):
         while first < len(holes) and holes[first][1] <= start:
             first += 1
-        at = start
-        for hole_start, hole_end in holes[first:]:
-            if hole_start >= end:
-                break
-            if at < hole_start:
-                rest.append((at, hole_start))
-            at = hole_end
+        at, hole = start, first
+        while hole < len(holes) and holes[hole][0] < end:
+            if at < holes[hole][0]:
+                rest.append((at, holes[hole][0]))
+            at = holes[hole][1]
+            hole += 1
         if at < end:
             rest.append((at, end))
     return rest

@@ -15,7 +15,7 @@ from slime_async.telemetry.accounting import rl_accounts
 from slime_async.telemetry.jsonl import Problem, read_jsonl
 from slime_async.telemetry.metrics import read_metrics
 from slime_async.telemetry.overlap import overlap_of_run
-from slime_async.telemetry.spans import read_tracks
+from slime_async.telemetry.spans import Track, read_tracks
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,15 @@ class Summary:
 
 def summarise(run: Path, problem: Problem | None = None) -> Summary:
     """Read what the run left, finished or not. ``problem`` as in ``read_jsonl``."""
-    events = list(read_jsonl(run / "events.jsonl", problem))
-    steps = list(read_metrics(run / "metrics.jsonl", problem=problem))
-    tracks = read_tracks(run / "spans", problem)
+    return summary_of(
+        list(read_jsonl(run / "events.jsonl", problem)),
+        list(read_metrics(run / "metrics.jsonl", problem=problem)),
+        read_tracks(run / "spans", problem),
+    )
+
+
+def summary_of(events: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], tracks: Sequence[Track]) -> Summary:
+    """The same from what was read already."""
     deaths = Counter(event["role"] for event in events if event["event"] == "role_died")
     start = _last(events, "run_started")
     end = _last(events, "run_finished")
