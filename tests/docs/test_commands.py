@@ -32,11 +32,14 @@ TRAIN = re.compile(r"slime-async train \S+\.toml\b")
 ROLE = re.compile(r"slime-async (hub|actor|learner) CONFIG --run-directory DIR\b")
 REPORT = re.compile(r"slime-async report ")
 EVALUATION = re.compile(r"slime-async eval ")
+KEYGEN = re.compile(r"slime-async keygen \w+$")
+AUDIT = re.compile(r"slime-async audit ")
+RESUME = re.compile(r"slime-async train --resume ")
 QUICK = re.compile(r"slime-async (doctor\b|\w+ --help)")
 SCRIPT = re.compile(r"scripts/(demo|test)\b")
 SHELL_STATE = re.compile(r"\. \.venv/bin/activate$")
 """Changes the reader's shell; what it makes available is what everything here runs with"""
-RULES = (TRAIN, ROLE, REPORT, EVALUATION, QUICK, SCRIPT, SHELL_STATE)
+RULES = (TRAIN, ROLE, REPORT, EVALUATION, KEYGEN, AUDIT, RESUME, QUICK, SCRIPT, SHELL_STATE)
 
 ALL = commands()
 ROLE_ORDER = ("hub", "actor", "learner")
@@ -75,6 +78,13 @@ def test_a_quick_command(command: Command) -> None:
     assert done.stdout
 
 
+@pytest.mark.parametrize("command", of(KEYGEN), ids=str)
+def test_keys_are_made(command: Command, tmp_path: Path) -> None:
+    done = run(command.text, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "keys" / "hub.key").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("command", of(TRAIN), ids=str)
 def test_flags_of_a_documented_run_are_understood(command: Command) -> None:
     parser = FlagParser(prog="slime-async train", allow_abbrev=False)
@@ -94,6 +104,10 @@ def test_a_documented_run(command: Command, tmp_path: Path) -> None:
     [made] = (tmp_path / "runs").iterdir()
     for logger in ("tensorboard", "wandb"):
         assert (made / logger).is_dir() == (f"--loggers.{logger} " in command.text + " ")
+    for further in (*of(AUDIT), *of(RESUME)) if command == of(TRAIN)[0] else ():
+        more = flags({"run.steps": "5"}) if RESUME.match(further.text) else []
+        done = run(A_RUN.sub(f"runs/{made.name}", further.text), tmp_path, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
     for further in of(EVALUATION) if command == of(TRAIN)[0] else []:
         done = run(A_RUN.sub(f"runs/{made.name}", further.text), tmp_path, *flags({"evaluation.tasks": "8"}))
         assert done.returncode == 0, done.stdout + done.stderr

@@ -36,7 +36,7 @@ def size_of(number: int) -> int:
 
 def snapshot(accepted_so_far: int) -> Snapshot:
     """All that these events add up to is how many there were."""
-    return Snapshot(BatchShape(4, 1), 0, 0, 0, 1, -1, 0, {}, (), (), (), (), {"accepted": accepted_so_far})
+    return Snapshot(BatchShape(4, 1), 0, False, 0, 0, 1, -1, 0, {}, (), (), (), (), {"accepted": accepted_so_far})
 
 
 def append_until_killed(directory: Path, first: int, promises: int) -> None:

@@ -16,7 +16,7 @@ from slime_async.transport.journal import Journal, JournalError, JournalWriter
 from tests.journal.examples import accepted, frames, key, read_all
 
 T = TypeVar("T")
-EMPTY = Snapshot(BatchShape(4, 1), 0, 0, 0, 1, -1, 0, {}, (), (), (), (), {})
+EMPTY = Snapshot(BatchShape(4, 1), 0, False, 0, 0, 1, -1, 0, {}, (), (), (), (), {})
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
