@@ -121,7 +121,8 @@ def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe
     events.write("run_finished", outcome=outcome, reason=reason)
     events.close()
     summary = write_summary(directory)
-    write_views(directory)
+    if outcome != "interrupted":  # who presses Ctrl-C wants to be gone, and can have the report later
+        write_views(directory)
     if summary.steps or outcome == "finished":
         print_summary(summary)
     if reason:

@@ -115,7 +115,8 @@ def _findings(runs: Sequence[RunData]) -> str:
         prefix = f"{run.label}: " if len(runs) > 1 else ""
         items += [f"<li>{escape(prefix + text)}</li>" for text in findings(run)]
         if warned := len(run.warnings()):
-            items.append(f"<li>{escape(prefix)}{warned} warnings, <a href='#s10'>below</a>.</li>")
+            count = "1 warning" if warned == 1 else f"{warned} warnings"
+            items.append(f"<li>{escape(prefix)}{count}, <a href='#s10'>below</a>.</li>")
         if run.problems:
             unread = "; ".join(run.problems[:5]) + (f" and {len(run.problems) - 5} more" if run.problems[5:] else "")
             items.append(f'<li class="alarm">{escape(prefix)}Not readable: {escape(unread)}</li>')
