@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime_async.config import Config
+from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
     Batch,
     Commit,
@@ -414,13 +414,21 @@ class Hub:
 
 
 def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
-    """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over."""
+    """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
+
+    Raises ``ConfigError`` for what the user must change before it can listen, ``JournalError`` and ``LearnerLost``.
+    """
     import uvloop
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)
-        hub = Hub(config, run_directory.name, run_directory, observer=observer)
-        await hub.start()
+        try:
+            hub = Hub(config, run_directory.name, run_directory, observer=observer)
+            await hub.start()
+        except OSError as error:
+            raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
+        except ValueError as error:  # keys, or a journal of another batch shape
+            raise ConfigError(str(error)) from error
         observer.listening()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(hub.address)

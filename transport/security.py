@@ -24,6 +24,7 @@ import zmq
 from zmq.utils import z85
 
 from slime_async.addresses import is_loopback
+from slime_async.config.errors import ConfigError
 from slime_async.config.schema import HubConfig
 from slime_async.transport.coders import Limits
 from slime_async.transport.stream import Stream, new_socket
@@ -59,7 +60,7 @@ class ClientSecurity:
 
 
 def server_security(config: HubConfig) -> ServerSecurity | None:
-    """What ``hub.keys`` names; None without it. Raises ``ValueError`` when a file is missing or holds no key."""
+    """What ``hub.keys`` names; None without it. Raises ``ConfigError`` when a file is missing or holds no key."""
     if config.keys is None:
         return None
     with _explained(config.keys):
@@ -69,7 +70,7 @@ def server_security(config: HubConfig) -> ServerSecurity | None:
 
 
 def client_security(config: HubConfig) -> ClientSecurity | None:
-    """What ``hub.keys`` and ``hub.key`` name; None without. Raises ``ValueError`` as ``server_security`` does."""
+    """What ``hub.keys`` and ``hub.key`` name; None without. Raises ``ConfigError`` as ``server_security`` does."""
     if config.keys is None:
         return None
     with _explained(config.keys):
@@ -83,10 +84,12 @@ def _explained(keys: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"hub.keys = {keys}: {error.filename}: {error.strerror}; make keys with slime-async keygen {keys}, or "
             "copy the files that this role needs"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"hub.keys = {keys}: {error}") from error
 
 
 def make_keys(directory: Path, client: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slime_async.cli.common import add_role_arguments, begin_role, config_of
 from slime_async.cli.launch import CONSEQUENCE
+from slime_async.config import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,12 @@ def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role("hub", parsed.run_directory)
     from slime_async.transport.hub import LearnerLost, run_hub
+    from slime_async.transport.journal import JournalError
 
     try:
         run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+    except JournalError as error:  # starting it again would not help: the text says what would
+        raise ConfigError(str(error)) from error
     except LearnerLost as lost:
         logging.getLogger(__name__).error("%s", lost)
         return CONSEQUENCE

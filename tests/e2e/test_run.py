@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slime_async.transport.security import make_keys
 from tests.e2e.runs import ROOT, TIMEOUT_S, environment, flags, started
 
 GONE_TIMEOUT_S = 30.0
@@ -68,6 +69,23 @@ def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
         assert run.summary()["actor_deaths"] == 1
         assert run.summary()["steps"] == 30
         assert "role restarted" in output
+
+
+def test_with_keys_every_connection_is_authenticated(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys", "client")
+    settings = {"run.steps": "2", "hub.keys": str(tmp_path / "keys")}
+    with started(tmp_path / "runs", settings) as run:
+        code, output = run.finish()
+        assert code == 0, output
+        assert run.summary()["steps"] == 2
+
+
+def test_keys_that_are_missing_are_told_before_anything_trains(tmp_path: Path) -> None:
+    with started(tmp_path / "runs", {"run.steps": "2", "hub.keys": str(tmp_path / "nowhere")}) as run:
+        code, output = run.finish()
+        assert code == 2
+        assert "make keys with slime-async keygen" in output
+        assert "Traceback" not in output
 
 
 def test_a_hub_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
