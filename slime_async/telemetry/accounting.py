@@ -63,6 +63,7 @@ PRECEDENCE: dict[ProcessRole, tuple[tuple[str, str], ...]] = {
         ("publish_stall", "weight_sync"),
         ("wait_engines", "weight_sync"),
         ("evaluate", "evaluation"),
+        ("checkpoint", "checkpoint"),
         ("save", "checkpoint"),
         ("starting", "starting"),
     ),

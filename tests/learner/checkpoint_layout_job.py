@@ -17,7 +17,7 @@ import torch.distributed as dist
 from layout_job import config_for, train_sequences
 
 from slime_async.config import Config
-from slime_async.learner.trainer import Progress, Trainer
+from slime_async.learner.trainer import Counters, Trainer
 
 DEADLINE_S = 60.0
 
@@ -33,7 +33,7 @@ def begin_or_load(trainer: Trainer, source: Path | None) -> None:
         for version in range(2):
             trainer.train_policy(train_sequences(), version)
     else:
-        trainer.load_checkpoint(source, Progress(4, 1e-3, True), same_layout=False)
+        trainer.load_checkpoint(source, Counters(4, 1e-3, True), same_layout=False)
 
 
 def two_more(trainer: Trainer) -> list[list[float]]:
