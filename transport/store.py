@@ -85,13 +85,14 @@ class Store:
         accepted, self._accepted = self._accepted, []
         for key in released:
             self._memory.pop(key, None)
-        if self._writer is None or not (events or released):
+        if self._journal is None or self._writer is None or not (events or released):
             return
         payloads = {t.key: (t.encoded.header, *t.encoded.frames) for t in accepted}
         self._written = self._writer.append(events, payloads)
         self._written.add_done_callback(_seen)
         self._writer.release(released)
-        self._writer.maybe_compact(self.queue.state)
+        if released or self._journal.snapshot_due:
+            self._writer.maybe_compact(self.queue.state)
 
     async def persist(self) -> None:
         """Returns once everything up to now survives the death of this process. Raises ``JournalError``."""
