@@ -96,6 +96,7 @@ class Worker:
             log.info("the run is over")
         finally:
             await self._client.close()
+            await self._rollout.close()
             await self._engine.close()
 
     async def _end_when_told(self) -> None:

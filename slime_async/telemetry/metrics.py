@@ -33,6 +33,7 @@ METRICS: dict[str, Metric] = {
     "reward_std": Metric("", "Its standard deviation"),
     "groups_with_equal_rewards": Metric("groups", "Without a gradient: all their rewards are the same"),
     "trajectories": Metric("trajectories", "In the batch and with any weight in the loss"),
+    "truncated_trajectories": Metric("trajectories", "Ended by a limit of length or time"),
     "tokens_trained": Metric("tokens", "Sampled tokens with non-zero weight in the loss"),
     "tokens_masked_as_stale": Metric(
         "tokens", "Sampled tokens beyond the bound, without weight in the loss or dropped as a group"
