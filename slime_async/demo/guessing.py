@@ -1,6 +1,6 @@
-"""Guess a number from 00 to 99 by asking: the agent's demo, in the sorting demo's alphabet.
+"""Guess a number from 00 to 31 by asking: the agent's demo, in the sorting demo's alphabet.
 
-    =50<eos>-25<eos>+37<eos>        = begins; after each guess, + means higher and - means lower
+    =16<eos>-08<eos>+12<eos>        = begins; after each guess, + means higher and - means lower
 
 The demonstrations come from an author who listens to the answers only half of the time: every other guess is any
 number at all. Supervision teaches the format and which guesses fit what was said, never that guesses should fit. What
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import random
 
-NUMBERS = 100
-GUESSES = 8
-"""Halving needs seven; any fitting guess at random needs 7.5 on average"""
+NUMBERS = 32
+GUESSES = 5
+"""Halving finds 31 of the 32 numbers in five guesses; any number that fits what was said, about half of them"""
 BEGIN, HIGHER, LOWER, END = "=", "+", "-", "<eos>"
 
 
