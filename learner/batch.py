@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from slime_async.config import Config
 from slime_async.correction import group_advantages
 from slime_async.learner.credit import branch_advantages
 from slime_async.learner.trainer import TrainSequence
+from slime_async.protocol import Batch
 from slime_async.queue.staleness import stale_token_mask
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 
@@ -89,6 +91,23 @@ def _environment_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]
         for name, value in trajectory.metrics.items():
             given.setdefault(f"environment/{name}", []).append(value)
     return {name: float(np.mean(values)) for name, values in sorted(given.items())}
+
+
+def judged(batch: Batch) -> Sequence[Trajectory]:
+    """The trajectories with the rewards that count: those of the group's judge, where there is one."""
+    if not batch.rewards:
+        return batch.trajectories
+    pairs = zip(batch.trajectories, batch.rewards, strict=True)
+    return [dataclasses.replace(trajectory, reward=reward) for trajectory, reward in pairs]
+
+
+def filtered(batch: Batch, groups: int) -> dict[str, float]:
+    """What was generated besides this batch's ``groups`` and filtered out, for the metrics."""
+    return {
+        "groups_filtered": float(batch.groups_filtered),
+        "tokens_filtered": float(batch.tokens_filtered),
+        "over_sampling": (groups + batch.groups_filtered) / groups,
+    }
 
 
 def _advantages(

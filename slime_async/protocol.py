@@ -196,6 +196,12 @@ class Batch(Message):
     trajectories: tuple[Trajectory, ...]
     stale_tokens_dropped: int = 0
     """Sampled tokens of groups dropped whole as stale since the batch before"""
+    rewards: tuple[float, ...] = ()
+    """In the place of the trajectories' own, where groups are judged (``task.group_reward``); else empty"""
+    groups_filtered: int = 0
+    """Groups dropped for equal rewards, or by ``task.filter``, since the batch before"""
+    tokens_filtered: int = 0
+    """Sampled in them"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from slime_async.config import Config
 from slime_async.protocol import (
@@ -52,12 +52,25 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, QueueLimits, TaskStream, TrajectoryMeta, TrajectoryQueue
-from slime_async.trajectory import TrajectoryKey
+from slime_async.trajectory import Trajectory, TrajectoryKey
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.server import Peer, Server
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+class Judge(Protocol):
+    """What the configuration's ``task.group_reward`` and ``task.filter`` say of whole groups."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
+        """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
+
+    async def close(self) -> None: ...
+
+
+MAX_JUDGE_FAILURES = 8
+"""In a row; then the run fails, as no group would ever be trained"""
 
 
 class LearnerLost(RuntimeError):
@@ -75,7 +88,14 @@ class _Actor:
 class Hub:
     """Wires peers to the queue. One instance lives in one event loop; nothing here is shared between threads."""
 
-    def __init__(self, config: Config, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        judge: Judge | None = None,
+    ) -> None:
+        """``judge`` is needed where the configuration names ``task.group_reward`` or ``task.filter``."""
         self._config = config
         self._run_id = run_id
         self._clock = clock
@@ -83,7 +103,12 @@ class Hub:
         self._payloads: dict[TrajectoryKey, ReceivedTrajectory] = {}
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
-        self._stale_tokens_told = 0
+        self._told = (0, 0, 0)
+        """Of the statistics that batches carry as differences: what the last batch was told"""
+        assert judge is not None or not self._queue.limits.judge_groups
+        self._judge = judge
+        self._judging: dict[int, asyncio.Task[None]] = {}
+        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -122,6 +147,8 @@ class Hub:
             if self._failure is not None:
                 raise self._failure
         finally:
+            for judging in self._judging.values():
+                judging.cancel()
             failed = self._failure is not None or not finishing.done()
             self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
             for task in running:
@@ -246,9 +273,12 @@ class Hub:
         if leased is None:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
-        dropped = self._queue.statistics(self._clock()).dropped_stale_tokens
-        since, self._stale_tokens_told = dropped - self._stale_tokens_told, dropped
-        return Batch(message.train_version, tuple(self._payloads[key] for key in leased.keys), since)
+        statistics = self._queue.statistics(self._clock())
+        counts = (statistics.dropped_stale_tokens, statistics.filtered_groups, statistics.filtered_tokens)
+        stale_tokens, groups, tokens = (now - before for now, before in zip(counts, self._told, strict=True))
+        self._told = counts
+        trajectories = tuple(self._payloads[key] for key in leased.keys)
+        return Batch(message.train_version, trajectories, stale_tokens, leased.rewards, groups, tokens)
 
     async def _drain(self, message: Drain) -> None:
         """Once drained, nothing is granted until the weights that this was for are published."""
@@ -289,8 +319,29 @@ class Hub:
             self._payloads.pop(key, None)
         if not self._draining and not self._drained:
             self._grant()
+        for serial in self._queue.groups_to_judge():
+            if serial not in self._judging:
+                self._judging[serial] = asyncio.create_task(self._judge_group(serial), name=f"judge group {serial}")
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def _judge_group(self, serial: int) -> None:
+        """User code, so whatever it raises ends this group, is counted, and the run only when nothing else comes."""
+        assert self._judge is not None
+        keys = [TrajectoryKey(serial, sample) for sample in range(self._config.batch.group_size)]
+        try:
+            rewards, keep = await self._judge([self._payloads[key] for key in keys])
+            self._queue.judge(serial, rewards, keep, self._clock())
+            self._judge_failures = 0
+        except Exception as error:  # user code may raise anything
+            log.warning("the judge of group %d failed", serial, exc_info=error)
+            self._judge_failures += 1
+            self._queue.give_up_group(serial, f"judge: {error}", self._clock())
+            if self._judge_failures >= MAX_JUDGE_FAILURES:
+                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+        finally:
+            del self._judging[serial]
+        self._wake()
 
     def _grant(self) -> None:
         """To the actors with the most free slots first, so that a batch spreads over all of them."""
@@ -331,17 +382,24 @@ class Hub:
                 )
 
 
-def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
-    """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over."""
+def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge | None = None) -> None:
+    """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
+
+    ``judge`` as in ``Hub``.
+    """
     import uvloop
 
     async def main() -> None:
-        hub = Hub(config, run_directory.name)
+        hub = Hub(config, run_directory.name, judge=judge)
         await hub.start()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(hub.address)
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
-        await hub.run()
+        try:
+            await hub.run()
+        finally:
+            if judge is not None:
+                await judge.close()
 
     uvloop.run(main())

@@ -20,10 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role("hub")
+    from slime_async.actors.judging import make_judge
     from slime_async.transport.hub import LearnerLost, run_hub
 
+    ready_file = parsed.ready_file or parsed.run_directory / "hub.address"
     try:
-        run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+        run_hub(config, parsed.run_directory, ready_file, make_judge(config))
     except LearnerLost as lost:
         logging.getLogger(__name__).error("%s", lost)
         return CONSEQUENCE

@@ -30,6 +30,8 @@ def function_paths(config: Config) -> dict[str, str]:
         "model.path": config.model.path if ":" in config.model.path else "",
         "task.generate": config.task.generate,
         "task.reward": config.task.reward,
+        "task.group_reward": config.task.group_reward,
+        "task.filter": config.task.filter,
         "warm_start.demonstrations": config.warm_start.demonstrations,
     }
     for family, sources in (("train", config.task.train), ("evaluation", config.task.evaluation)):

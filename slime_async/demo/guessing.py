@@ -1,10 +1,10 @@
-"""Guess a number from 00 to 31 by asking: the agent's demo, in the sorting demo's alphabet.
+"""Find a number from 00 to 31 in five guesses, in the sorting demo's alphabet.
 
-    =16<eos>-08<eos>+12<eos>        = begins; after each guess, + means higher and - means lower
+    00-31=17<eos>00-16=08<eos>09-16=12<eos>        after each guess: from where to where the number can still be
 
-The demonstrations come from an author who listens to the answers only half of the time: every other guess is any
-number at all. Supervision teaches the format and which guesses fit what was said, never that guesses should fit. What
-RL adds is using the answers, and then using them well: guesses near the middle of what is left.
+The demonstrations come from an author who looks at the range only half of the time: every other guess is any number at
+all. Supervision teaches the format and what a guess within the range is, never that guesses should be within it. What
+RL adds is looking every time, and then guessing near the middle.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import random
 
 NUMBERS = 32
 GUESSES = 5
-"""Halving finds 31 of the 32 numbers in five guesses; any number that fits what was said, about half of them"""
-BEGIN, HIGHER, LOWER, END = "=", "+", "-", "<eos>"
+"""Halving finds 31 of the 32 numbers in five guesses; random guesses within the range find half, any guesses a sixth"""
+END = "<eos>"
 
 
 class Secrets:
-    """A sequence of secret numbers. A held-out task is another draw: there are only ``NUMBERS`` of them, and what is
-    to be learnt is how to ask."""
+    """A sequence of secret numbers. A held-out source is another draw: there are only ``NUMBERS`` of them, and what is
+    to be learnt is how to search."""
 
     def __init__(self, seed: int, size: int) -> None:
         if size < 1:
@@ -37,7 +37,7 @@ class Secrets:
 
 
 class Demonstrations:
-    """(the game so far, the next guess), by the author who listens half of the time."""
+    """(the game so far, the next guess), by the author who looks half of the time."""
 
     def __init__(self, seed: int, size: int, attention: float) -> None:
         self._seed = seed
@@ -49,18 +49,19 @@ class Demonstrations:
 
     def __getitem__(self, index: int) -> tuple[str, str]:
         choice = random.Random(f"demonstration {self._seed}:{index}")
-        secret, low, high, transcript = choice.randrange(NUMBERS), 0, NUMBERS - 1, BEGIN
+        secret, low, high = choice.randrange(NUMBERS), 0, NUMBERS - 1
+        transcript = show(low, high)
         for _ in range(choice.randrange(GUESSES)):
             guess = self._guess(choice, low, high)
             if guess == secret:
                 break
-            low, high = (max(low, guess + 1), high) if guess < secret else (low, min(high, guess - 1))
-            transcript += f"{guess:02d}{END}{hint(secret, guess)}"
+            low, high = narrow(low, high, secret, guess)
+            transcript += f"{guess:02d}{END}{show(low, high)}"
         return transcript, f"{self._guess(choice, low, high):02d}"
 
     def _guess(self, choice: random.Random, low: int, high: int) -> int:
-        listens = choice.random() < self._attention
-        return choice.randint(low, high) if listens else choice.randrange(NUMBERS)
+        looks = choice.random() < self._attention
+        return choice.randint(low, high) if looks else choice.randrange(NUMBERS)
 
 
 def train(*, seed: int = 0, size: int = 100_000) -> Secrets:
@@ -78,9 +79,14 @@ def demonstrations(seed: int, *, size: int = 50_000, attention: float = 0.5) -> 
     return Demonstrations(seed, size, attention)
 
 
-def hint(secret: int, guess: int) -> str:
-    """Where the secret lies from a wrong guess."""
-    return HIGHER if secret > guess else LOWER
+def narrow(low: int, high: int, secret: int, guess: int) -> tuple[int, int]:
+    """What a wrong guess leaves of the range."""
+    return (max(low, guess + 1), high) if guess < secret else (low, min(high, guess - 1))
+
+
+def show(low: int, high: int) -> str:
+    """The range as the policy sees it."""
+    return f"{low:02d}-{high:02d}="
 
 
 def read_guess(answer: str) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey
 
-DropReason = Literal["stale", "failed", "equal_rewards"]
+DropReason = Literal["stale", "failed", "equal_rewards", "filtered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,14 @@ class Accepted:
 
     meta: TrajectoryMeta
     delivered_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupJudged:
+    """A complete group's rewards, by sample, in the place of its trajectories' own"""
+
+    serial: int
+    rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +147,8 @@ class Snapshot:
     tasks: dict[str, dict[str, int]]
     evaluations: tuple[EvaluationOpened, ...]
     results: tuple[EvaluationFinished, ...]
-    groups: tuple[tuple[TaskRef, tuple[Accepted, ...]], ...]
-    """Every group that is neither durable nor dropped, by serial"""
+    groups: tuple[tuple[TaskRef, tuple[Accepted, ...], tuple[float, ...]], ...]
+    """Every group that is neither durable nor dropped, by serial, with the rewards that its judge gave"""
     batches: tuple[tuple[Leased, str, bool], ...]
     """(composition and holder, state, retrained) by version"""
     totals: dict[str, int]
@@ -151,6 +159,7 @@ Event = (
     | SourcesDeclared
     | GroupOpened
     | Accepted
+    | GroupJudged
     | GroupDropped
     | Leased
     | Committed
@@ -165,7 +174,7 @@ Event = (
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        TaskRef, TrajectoryMeta, BatchShape, SourcesDeclared, GroupOpened, Accepted, GroupDropped, Leased,
+        TaskRef, TrajectoryMeta, BatchShape, SourcesDeclared, GroupOpened, Accepted, GroupJudged, GroupDropped, Leased,
         Committed, WeightsPublished, MadeDurable, LearnerJoined, EvaluationOpened, EvaluationFinished, Snapshot,
     )
 }  # fmt: skip

@@ -16,7 +16,8 @@ before answering whoever caused them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Self
 
 from slime_async.protocol import EvaluationResult, Reservation
@@ -27,7 +28,7 @@ from slime_async.queue.explain import explain_learner, explain_lease
 from slime_async.queue.gate import Gate
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
-from slime_async.queue.records import BatchRecord, BatchState, Exhausted, LeasedBatch, Waiting
+from slime_async.queue.records import BatchRecord, BatchState, Exhausted, Group, LeasedBatch, Waiting
 from slime_async.queue.reservations import ReservationTable
 from slime_async.queue.selection import select
 from slime_async.queue.staleness import measure
@@ -133,6 +134,40 @@ class TrajectoryQueue:
                 self._finish_evaluation(key)
             else:
                 self._drop(key.task, "failed")
+
+    def groups_to_judge(self) -> tuple[int, ...]:
+        """Complete groups that wait for their judge, by serial, oldest first."""
+        if not self.limits.judge_groups:
+            return ()
+        pending = self._ledger.pending.items()
+        return tuple(s for s, g in pending if len(g.accepted) == self.limits.group_size and not g.rewards)
+
+    def judge(self, serial: int, rewards: Sequence[float], keep: bool, now: float) -> None:
+        """A group's rewards, by sample, and whether to train on it. A group that is gone is ignored.
+
+        Raises ``ValueError`` for rewards that are not one finite number per sample.
+        """
+        if len(rewards) != self.limits.group_size or not all(map(math.isfinite, rewards)):
+            raise ValueError(
+                f"the judge of task {serial} gave {list(rewards)}: it must be {self.limits.group_size} finite numbers"
+            )
+        group = self._ledger.pending.get(serial)
+        if group is None or group.rewards:
+            return
+        self._record(events.GroupJudged(serial, tuple(map(float, rewards))))
+        self._meters.moved(now)
+        if keep:
+            self._filter_equal(group)
+        else:
+            self._filter(group, "filtered")
+
+    def give_up_group(self, serial: int, reason: str, now: float) -> None:
+        """Its judge has failed: the group is dropped as failed."""
+        if serial in self._ledger.pending:
+            self._meters.failures += 1
+            self._meters.last_failure = reason
+            self._meters.moved(now)
+            self._drop(serial, "failed")
 
     def lose_actor(self, actor: str, now: float) -> tuple[TrajectoryKey, ...]:
         """The actor died: the reservations it held, which are granted again to others."""
@@ -367,10 +402,18 @@ class TrajectoryQueue:
         newest = meta.tokens_by_version[-1][0] if meta.tokens_by_version else self._ledger.published
         self._record(Accepted(meta, max(newest, self._ledger.published)))
         self._meters.delivered(meta)
-        complete = len(group.accepted) == self.limits.group_size
-        if complete and self.limits.drop_equal_rewards and group.rewards_equal():
-            self._drop(meta.key.task, "equal_rewards")
+        self._filter_equal(group)
         return True
+
+    def _filter_equal(self, group: Group) -> None:
+        if self.limits.drop_equal_rewards and self._ledger.ready(group) and group.rewards_equal():
+            self._filter(group, "equal_rewards")
+
+    def _filter(self, group: Group, reason: Literal["equal_rewards", "filtered"]) -> None:
+        """Replaced by another group: what it cost is counted."""
+        self._meters.filtered_groups += 1
+        self._meters.filtered_tokens += sum(accepted.meta.num_sampled for accepted in group.accepted.values())
+        self._drop(group.task.serial, reason)
 
     def _accept_evaluation(self, meta: TrajectoryMeta) -> bool | None:
         taken = self._evaluations.accept(meta)
@@ -423,6 +466,7 @@ class TrajectoryQueue:
             incarnation=record.incarnation,
             train_version=record.train_version,
             keys=tuple(a.meta.key for a in accepted),
+            rewards=tuple(r for group in self._ledger.batch_groups(record) for r in group.rewards),
             min_version=self.limits.min_version(record.train_version),
             staleness=measure(accepted, record.train_version, self.limits.max_staleness),
             retrained=record.retrained,

@@ -33,6 +33,8 @@ class Meters:
     returned: int = 0
     masked_tokens: int = 0
     dropped_stale_tokens: int = 0
+    filtered_groups: int = 0
+    filtered_tokens: int = 0
     masked_trajectories: int = 0
     trained_stale_tokens: int = 0
     last_batch: BatchStaleness = field(default_factory=BatchStaleness)
@@ -99,6 +101,11 @@ class QueueStatistics:
     dropped_stale_groups: int
     dropped_failed_groups: int
     dropped_equal_rewards_groups: int
+    dropped_filtered_groups: int
+    filtered_groups: int
+    """Of equal rewards or refused by the filter, since the hub started"""
+    filtered_tokens: int
+    """Sampled in them"""
     duplicates: int
     unwanted: int
     failures: int
@@ -173,6 +180,9 @@ def collect(
         dropped_stale_groups=totals.get("dropped_stale_groups", 0),
         dropped_failed_groups=totals.get("dropped_failed_groups", 0),
         dropped_equal_rewards_groups=totals.get("dropped_equal_rewards_groups", 0),
+        dropped_filtered_groups=totals.get("dropped_filtered_groups", 0),
+        filtered_groups=meters.filtered_groups,
+        filtered_tokens=meters.filtered_tokens,
         duplicates=meters.duplicates,
         unwanted=meters.unwanted,
         failures=meters.failures,
