@@ -10,16 +10,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any
 
+from slime_async.actors.isolation.ending import end_process
 from slime_async.actors.isolation.frames import LENGTH, MAX_FRAME_BYTES, pack, unpack
 
 START_TIMEOUT_S = 60.0
 """For a Python interpreter to come up on a busy machine"""
+GOING_TIMEOUT_S = 5.0
+"""For a process to end by itself after it closed its pipe, so that its exit code can be told"""
 CHILD = ("-m", "slime_async.actors.isolation.child")
 
 
@@ -83,13 +85,9 @@ class WorkerProcess:
     async def kill(self) -> None:
         """End the process, whatever it does; returns when it is gone."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        self.objects = 0
-        await asyncio.shield(process.wait())
+        if process is not None:
+            self.objects = 0
+            await end_process(process)
 
     async def _start(self) -> Process:
         if self._process is not None and self._process.returncode is None:
@@ -109,11 +107,15 @@ class WorkerProcess:
 
     async def _obituary(self) -> str:
         """What its process died of; it has closed its pipe, and may still be about to go."""
-        process = self._process
-        await self.kill()
+        process, self._process = self._process, None
         assert process is not None
-        code = process.returncode
-        assert code is not None
+        self.objects = 0
+        try:
+            async with asyncio.timeout(GOING_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            pass  # it closed its pipe and lives on
+        code = await end_process(process)
         if code >= 0:
             return f"its process ended with exit code {code}"
         return f"its process was ended by {signal.Signals(-code).name}"
