@@ -292,7 +292,14 @@ class Hub:
             self._wake()
 
     async def _evaluate(self, message: Evaluate) -> EvaluationResult:
-        self._queue.evaluate(message.name, message.source, message.num_tasks, self._clock())
+        self._queue.evaluate(
+            message.name,
+            message.source,
+            message.num_tasks,
+            self._clock(),
+            samples=message.samples,
+            share=message.share,
+        )
         self._wake()
         result = await self._until(lambda: self._queue.evaluation_result(message.name), message.wait_s)
         if result is None:
@@ -300,7 +307,7 @@ class Hub:
                 f"evaluation {message.name} did not finish within {message.wait_s:.0f} s: "
                 f"{self._queue.waiting_for(self._clock())}"
             )
-        return EvaluationResult(message.name, result.rewards, result.failed, result.versions)
+        return result
 
     def _outstanding(self) -> int:
         return sum(self._queue.outstanding(name) for name in self._actors)
@@ -348,7 +355,8 @@ class Hub:
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
         for name in sorted(free, key=lambda name: -free[name]):
-            reservations = self._queue.grant(name, free[name], now) if free[name] > 0 else ()
+            slots = self._actors[name].slots
+            reservations = self._queue.grant(name, free[name], now, slots) if free[name] > 0 else ()
             if reservations and not self._server.note_nowait(name, Granted(reservations)):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)

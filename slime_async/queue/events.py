@@ -121,6 +121,9 @@ class EvaluationOpened:
     source: str
     num_tasks: int
     first_serial: int
+    samples: int = 1
+    share: float = 1.0
+    """Of each actor's slots, that it may take at once"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class EvaluationFinished:
     rewards: tuple[float, ...]
     failed: int
     versions: tuple[int, ...]
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

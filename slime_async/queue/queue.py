@@ -73,15 +73,17 @@ class TrajectoryQueue:
         """Slots of ``actor`` that its reservations take."""
         return self._training.outstanding(actor) + self._evaluating.outstanding(actor)
 
-    def grant(self, actor: str, free_slots: int, now: float) -> tuple[Reservation, ...]:
-        """Up to ``free_slots`` new reservations: evaluations first, then missing samples of open groups, oldest
-        first, then new groups as far as pacing and backpressure allow. Nothing before the first publication."""
+    def grant(self, actor: str, free_slots: int, now: float, slots: int | None = None) -> tuple[Reservation, ...]:
+        """Up to ``free_slots`` new reservations: evaluations first, within their share of the actor's ``slots``, then
+        missing samples of open groups, oldest first, then new groups as far as pacing and backpressure allow. Nothing
+        before the first publication."""
         granted: list[Reservation] = []
         if self._ledger.published < 0:
             return ()
-        while len(granted) < free_slots and (taken := self._evaluating.take(actor)):
+        share = free_slots if slots is None else self._evaluations.slots(slots) - self._evaluating.outstanding(actor)
+        while len(granted) < min(free_slots, share) and (taken := self._evaluating.take(actor)):
             task, name = self._evaluations.task(taken[0])
-            granted.append(Reservation(task, 0, taken[1], name))
+            granted.append(Reservation(task, taken[0].sample, taken[1], name))
         for _ in range(self._gate.room(free_slots - len(granted))):
             training = self._training.take(actor) or (self._training.take(actor) if self._open_group() else None)
             if training is None:
@@ -265,12 +267,16 @@ class TrajectoryQueue:
 
     # -------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, name: str, source: str, num_tasks: int, now: float) -> None:
-        """Open an evaluation on the first ``num_tasks`` tasks of ``source`` (all, if it has fewer), once each.
+    def evaluate(
+        self, name: str, source: str, num_tasks: int, now: float, *, samples: int = 1, share: float = 1.0
+    ) -> None:
+        """Open an evaluation on the first ``num_tasks`` tasks of ``source`` (all, if it has fewer), ``samples`` each.
 
         Opening it again changes nothing. Raises ``ValueError`` for an unknown source, or other arguments than before.
         """
         sizes = self._ledger.tasks.sizes
+        if samples < 1 or not 0 < share <= 1:
+            raise ValueError(f"samples = {samples}, share = {share}: at least one sample, and a share in (0, 1]")
         if source not in sizes or num_tasks < 1:
             raise ValueError(
                 f"cannot evaluate {num_tasks} tasks of {source!r}: the actors' sources are {sizes or 'not known yet'}"
@@ -278,12 +284,13 @@ class TrajectoryQueue:
         num_tasks = min(num_tasks, sizes[source])
         known = self._ledger.evaluations.get(name)
         if known is not None:
-            if (known.source, known.num_tasks) != (source, num_tasks):
+            if (known.source, known.num_tasks, known.samples) != (source, num_tasks, samples):
                 raise ValueError(
                     f"evaluation {name!r} is {known.num_tasks} tasks of {known.source!r}, not {num_tasks} of {source!r}"
                 )
             return
-        opened = events.EvaluationOpened(name, source, num_tasks, self._ledger.next_evaluation_serial)
+        serial = self._ledger.next_evaluation_serial
+        opened = events.EvaluationOpened(name, source, num_tasks, serial, samples, share)
         self._record(opened)
         self._evaluations.open(opened)
         self._meters.moved(now)
@@ -299,7 +306,7 @@ class TrajectoryQueue:
         result = self._ledger.results.get(name)
         if result is None:
             return None
-        return EvaluationResult(result.name, result.rewards, result.failed, result.versions)
+        return EvaluationResult(result.name, result.rewards, result.failed, result.versions, result.counts)
 
     # ----------------------------------------------------------------------------------------- introspection
 

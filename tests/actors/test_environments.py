@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slime_async.actors.check import check_task
-from slime_async.actors.environment import Generate, Task
-from slime_async.actors.environments import guessing, gym_text, latency, reasoning, tool_use
+from slime_async.actors.environment import Episode, Generate, Task
+from slime_async.actors.environments import codes, gym_text, latency, reasoning, tool_use
 from slime_async.actors.environments.calculator import calculate
 from slime_async.actors.environments.sandbox import run_python
 from slime_async.actors.isolation import WorkerPool
 from slime_async.actors.policy import EnginePolicy, EpisodeLimits
 from slime_async.config import Config
 from slime_async.demo.chat import make_checkpoint, make_tokenizer
-from slime_async.demo.guessing import held_out, read_guess
+from slime_async.demo.codes import GUESSES, Author, demonstrations, held_out, is_guess, reveal
 from slime_async.trajectory import TaskRef, Trajectory
+from tests.actors import scripted
 from tests.actors.scripted import ScriptedEngine, make_task
 from tests.actors.test_chat import CHAT, SAMPLING, says
 
@@ -174,20 +176,48 @@ def test_maps_differ_by_seed_and_are_the_same_again() -> None:
         gym_text.source(game="Pong")
 
 
-def test_a_secret_is_found_by_halving() -> None:
-    from tests.actors.scripted import SAMPLING as DEMO_SAMPLING
-    from tests.actors.scripted import make_policy
-    from tests.actors.scripted import says as demo_says
+def play_code(code: str, *guesses: str) -> tuple[Episode, str]:
+    engine = ScriptedEngine([scripted.says(guess) for guess in guesses])
+    task = make_task(code)
+    episode = asyncio.run(codes.generate(task, scripted.make_policy(engine)))
+    return episode, str(task.tokenizer.decode(episode.token_ids))
 
-    engine = ScriptedEngine([demo_says(text) for text in ("15", "23", "19")])
-    task = replace(make_task(19), sampling=DEMO_SAMPLING)
-    episode = asyncio.run(guessing.generate(task, make_policy(engine)))
-    shown = task.tokenizer.decode(episode.token_ids)
-    assert shown == "00-31=15<eos>16-31=23<eos>16-22=19<eos>"
-    assert episode.metrics == {"guesses": 3.0, "within": 1.0}
-    assert episode.reward == pytest.approx(1.0 + 0.1 * (1.0 + 1.1926), abs=1e-3)
-    assert [read_guess(text) for text in ("07", "7", "a7", "²1")] == [7, None, None, None]
-    assert [held_out()[i] for i in range(3)] == [held_out()[i] for i in range(3)]
+
+def test_a_code_is_broken_by_keeping_what_is_known() -> None:
+    episode, shown = play_code("212", "012", "112", "212")
+    assert shown == "=012<eos>-12=112<eos>-12=212<eos>"
+    assert episode.metrics == {"guesses": 3.0, "forgotten": 0.0}
+    assert episode.reward == pytest.approx(1.0 + 0.1 * 3)
+    assert episode.extras["token_rewards"].nonzero()[0].tolist() == [4, 20], "two digits at once, and the last one"
+
+
+def test_a_code_is_not_broken_by_forgetting_or_by_talking() -> None:
+    lost, _ = play_code("212", "012", "201", "012", "201", "000")
+    assert (lost.finish_reason, lost.metrics["forgotten"]) == ("out_of_guesses", 3.0)
+    assert lost.reward == pytest.approx(0.3), "each digit earns once"
+    assert play_code("212", "21")[0].finish_reason == "no_guess"
+
+
+def test_demonstrations_use_half_of_what_they_are_told() -> None:
+    def play_alone(attention: float, seed: int) -> bool:
+        code, author, known = held_out()[seed], Author(random.Random(seed), attention), "---"
+        for _ in range(GUESSES):
+            guess = author.guess()
+            if guess == code:
+                return True
+            known = reveal(code, guess, known)
+            author.look(guess, known)
+        return False
+
+    def success(attention: float) -> float:
+        return sum(play_alone(attention, seed) for seed in range(400)) / 400
+
+    assert success(1.0) == 1.0
+    assert 0.6 < success(0.5) < 0.75
+    assert 0.1 < success(0.0) < 0.25
+    prompts, answers = zip(*(demonstrations(0)[i] for i in range(100)), strict=True)
+    assert all(re.fullmatch(r"=([0-2]{3}<eos>[0-2-]{3}=){0,4}", prompt) for prompt in prompts)
+    assert all(is_guess(answer) for answer in answers)
 
 
 def test_waiting_times_have_a_heavy_tail_and_are_the_same_in_every_run() -> None:
