@@ -5,7 +5,6 @@ Rank 0 holds the connection to the hub and the publisher; all ranks run the same
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from contextlib import closing
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from slime_async.config import Config
+from slime_async.learner.evaluations import ScheduledEvaluations, write_result
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
 from slime_async.learner.loop import SilentOutlet, take_snapshot, train
 from slime_async.learner.publisher import Publisher, Snapshot
@@ -40,8 +40,6 @@ from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.codec import DEFAULT_LIMITS
 
-log = logging.getLogger(__name__)
-
 INCARNATION = 1
 """Until learners restart from checkpoints, a run has one."""
 CLOSE_TIMEOUT_S = 1.0
@@ -53,8 +51,16 @@ CALL_TIMEOUT_S = 60.0
 class HubOutlet:
     """Rank 0's way out: commits and metrics to hub and files, weights to the publisher."""
 
-    def __init__(self, config: Config, client: BlockingClient, publisher: Publisher, run_directory: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        client: BlockingClient,
+        publisher: Publisher,
+        evaluations: ScheduledEvaluations,
+        run_directory: Path,
+    ) -> None:
         self._config = config
+        self._evaluations = evaluations
         self._client = client
         self._publisher = publisher
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl")
@@ -67,6 +73,8 @@ class HubOutlet:
         return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._evaluations.published(self._publisher.published)
+        metrics |= self._evaluations.collect()
         for times in self._publisher.take_times():
             metrics |= {
                 "publish_s": times.total_s,
@@ -137,7 +145,10 @@ class Learner:
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
-            self._outlet = HubOutlet(self._config, self._client, self._publisher, self._run_directory)
+            self._evaluations = ScheduledEvaluations(self._config, self._client, self._events)
+            self._outlet = HubOutlet(
+                self._config, self._client, self._publisher, self._evaluations, self._run_directory
+            )
             self._phases(trainer)
             self._client.call(Finish("the run is complete"), CALL_TIMEOUT_S)
         finally:
@@ -159,6 +170,7 @@ class Learner:
         self._events.write("phase", name="rl", done=False)
         train(config, trainer, self._feed(trainer), self._outlet, self._recorder, incarnation=INCARNATION)
         self._events.write("phase", name="rl", done=True)
+        self._evaluations.finish(config.evaluation.timeout_s)
         self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
@@ -185,21 +197,12 @@ class Learner:
         wait_s = self._config.evaluation.timeout_s
         for source in self._config.task.evaluation:
             self._client.set_report({"phase": f"evaluation_{name}"})
-            message = Evaluate(f"{name}/{source}", source, self._config.evaluation.tasks, wait_s)
+            config = self._config.evaluation
+            message = Evaluate(f"{name}/{source}", source, config.tasks, wait_s, config.samples)
             begun = time.monotonic()
             result = self._client.call(message, wait_s + CALL_TIMEOUT_S)
             assert isinstance(result, EvaluationResult)
-            self._events.write(
-                "evaluation",
-                name=name,
-                source=source,
-                accuracy=result.accuracy,
-                tasks=result.tasks,
-                failed=result.failed,
-                version=result.versions[-1] if result.versions else -1,
-                seconds=time.monotonic() - begun,
-            )
-            log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
+            write_result(self._events, name, source, result, config.samples, time.monotonic() - begun)
 
 
 def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:

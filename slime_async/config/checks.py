@@ -51,6 +51,7 @@ def _tasks(config: Config) -> Iterator[str]:
         yield "no training source: add a table [task.train.NAME] with factory = 'module:function'"
     if not config.task.evaluation:
         asked = [f"evaluation.{when}" for when in ("before", "after") if getattr(config.evaluation, when)]
+        asked += ["evaluation.interval_versions"] if config.evaluation.interval_versions else []
         if asked:
             yield (
                 f"{' and '.join(asked)} ask{'s' if len(asked) == 1 else ''} for an evaluation, but there is no "

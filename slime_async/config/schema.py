@@ -240,8 +240,14 @@ class EvaluationConfig(Section):
     """At version 0"""
     after: bool = True
     """At the last version"""
+    interval_versions: PositiveInt | None = None
+    """Also at every so many versions, beside training; never when not set"""
     tasks: PositiveInt = 512
     """Tasks per evaluation, the first ones of each source"""
+    samples: PositiveInt = 1
+    """Answers per task; with several, pass@k is reported, too"""
+    share: float = Field(0.125, gt=0, le=1)
+    """Of each actor's slots, that evaluations beside training may take; those before and after take all"""
     timeout_s: PositiveFloat = 300.0
     """Deadline of one evaluation"""
 

@@ -5,7 +5,9 @@ event             from       fields
 ================  =========  ==============================================================================
 run_started       launcher   staleness_bound
 phase             learner    name: warm_start, evaluation_before, control, rl, evaluation_after; done
-evaluation        learner    name: before, after or supervised_only; source; accuracy; tasks; failed; version
+evaluation        learner    name: before, after, version_N (on schedule) or supervised_only; source; accuracy, with
+                             accuracy_low and accuracy_high (95%); reward_mean; pass@k; tasks; samples (per task);
+                             failed; version_first and version (the last) that answered; pinned: only one did; seconds
 actor_died        launcher   actor, exit_code
 actor_restarted   launcher   actor, restarts
 run_finished      launcher   outcome: finished, failed or interrupted; reason

@@ -74,6 +74,7 @@ FAMILIES = {
     "loss/": "parts of the loss, as above",
     "sequence/": "ratios of whole sequences, as above",
     "tokens/": "computed, by bucket of staleness, as above",
+    "evaluation/": "of the evaluation that finished during this step, by source: slime_async.evaluation",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }
 
