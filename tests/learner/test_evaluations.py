@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ class OpenCalls:
 
 
 @pytest.fixture
-def events(tmp_path: Path) -> EventLog:
-    return EventLog(tmp_path / "events.jsonl")
+def events(tmp_path: Path) -> Iterator[EventLog]:
+    log = EventLog(tmp_path / "events.jsonl")
+    yield log
+    log.close()
 
 
 def schedule(events: EventLog, hub: OpenCalls, *sources: str, interval: int | None = 10) -> ScheduledEvaluations:
