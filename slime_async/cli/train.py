@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also report what as many supervised steps reach without RL (sets warm_start.control-steps to run.steps)",
     )
 
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train two small steps of a tiny model on sample data, on this CPU, to see that everything fits together",
+    )
+
 
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
@@ -47,9 +53,16 @@ def run(parsed: argparse.Namespace) -> int:
     check_modules(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
+    if parsed.dry_run:
+        from slime_async.cli.dry_run import shrink
+
+        config = shrink(config, directory)
     config = prepare_model(config, directory)
     write_config(config, directory)
-    return train(config, directory, plan_run(config, directory))
+    code = train(config, directory, plan_run(config, directory))
+    if parsed.dry_run and not code:
+        print("the dry run went through: task, model, training and weight updates fit together")
+    return code
 
 
 def with_control(config: Config) -> Config:

@@ -48,6 +48,8 @@ class SourceConfig(Section):
     """module:callable; called with ``arguments`` it returns a sequence of tasks (len() and [index])"""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory"""
+    dry_run: dict[str, Any] = Field(default_factory=dict)
+    """Arguments that stand in for these with ``--dry-run``: a sample of the data that is always there"""
     weight: PositiveFloat = 1.0
     """Its share of the training tasks, relative to the other sources"""
 
