@@ -13,6 +13,9 @@ from slime_async.cli.prepare import prepare_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(parser)
     parser.add_argument(
+        "--dry-run", action="store_true", help="with the tiny model and the sample data of slime-async train --dry-run"
+    )
+    parser.add_argument(
         "--answer",
         metavar="TEXT",
         action="append",
@@ -26,6 +29,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     config = config_of(parsed)
     with tempfile.TemporaryDirectory() as directory:
+        if parsed.dry_run:
+            from slime_async.cli.dry_run import shrink
+
+            config = shrink(config, Path(directory), new_tokens=config.sampling.max_new_tokens)
         config = prepare_model(config, Path(directory))
         report = check_task(config, Path(config.model.path), answers=parsed.answer)
     for text in report.errors:

@@ -32,12 +32,13 @@ TINY: dict[str, int] = {
 """What makes a model small, by Hugging Face's names; architecture, vocabulary and tokenizer stay"""
 
 
-def shrink(config: Config, directory: Path) -> Config:
+def shrink(config: Config, directory: Path, new_tokens: int = NEW_TOKENS) -> Config:
     """The configuration of the dry run; a tiny checkpoint is written below ``directory``.
 
-    Raises ``ConfigError`` when the small numbers clash with others that stay.
+    ``new_tokens`` is the most that a turn may sample. Raises ``ConfigError`` when the small numbers clash with others
+    that stay.
     """
-    changes = _changes(config) | {"model": {"path": str(tiny_model(config, directory)), "dtype": "float32"}}
+    changes = _changes(config, new_tokens) | {"model": {"path": str(tiny_model(config, directory)), "dtype": "float32"}}
     small = config.model_copy(
         update={name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
         | {"sglang": {}, "megatron": {k: v for k, v in config.megatron.items() if "parallel" not in k}}
@@ -47,7 +48,7 @@ def shrink(config: Config, directory: Path) -> Config:
     return small
 
 
-def _changes(config: Config) -> dict[str, dict[str, Any]]:
+def _changes(config: Config, new_tokens: int) -> dict[str, dict[str, Any]]:
     """What a dry run has in small, by section. Fresh weights answer nothing right and never stop: so what would leave
     all of their answers out of training is off, and the entropy's gradient is computed where advantages have none."""
     minibatches = config.learner.optimizer_steps
@@ -56,12 +57,12 @@ def _changes(config: Config) -> dict[str, dict[str, Any]]:
         "task": {
             **{family: _samples(getattr(config.task, family)) for family in ("train", "evaluation")},
             "on_truncated": "train",
-            "overlong_tokens": min(config.task.overlong_tokens, NEW_TOKENS // 4),
+            "overlong_tokens": min(config.task.overlong_tokens, new_tokens // 4),
             "filter": "",
         },
         "sampling": {
-            "max_new_tokens": min(config.sampling.max_new_tokens, NEW_TOKENS),
-            "max_context_tokens": min(config.sampling.max_context_tokens, CONTEXT_TOKENS),
+            "max_new_tokens": min(config.sampling.max_new_tokens, new_tokens),
+            "max_context_tokens": min(config.sampling.max_context_tokens, CONTEXT_TOKENS + new_tokens),
         },
         "actor": {
             "count": 1,
@@ -79,7 +80,7 @@ def _changes(config: Config) -> dict[str, dict[str, Any]]:
         },
         "algorithm": {"entropy_coef": config.algorithm.entropy_coef or ENTROPY},
         "weights": {"backend": "gloo"},
-        "learner": {"ranks": 1, "threads": 1, "microbatch_tokens": CONTEXT_TOKENS * 2},
+        "learner": {"ranks": 1, "threads": 1, "microbatch_tokens": 2 * (CONTEXT_TOKENS + new_tokens)},
         "warm_start": {"steps": min(config.warm_start.steps, STEPS), "control_steps": 0},
         "evaluation": {
             "tasks": EVALUATION_TASKS,

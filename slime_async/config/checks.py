@@ -75,6 +75,19 @@ def _lengths(config: Config) -> Iterator[str]:
             f"lower the first below {context} or raise the second"
         )
 
+    limit = config.sampling.max_episode_tokens or new
+    if config.task.overlong_tokens > limit:
+        yield (
+            f"task.overlong_tokens = {config.task.overlong_tokens} is more than the limit of {limit} sampled tokens "
+            "before which it begins: every answer would lose reward; lower it"
+        )
+    truncated, failed = config.sampling.truncate_after_s, config.actor.episode_timeout_s
+    if truncated is not None and truncated >= failed:
+        yield (
+            f"sampling.truncate_after_s = {truncated} is not before actor.episode_timeout_s = {failed}: episodes would "
+            "fail before they could be truncated; raise the second"
+        )
+
 
 def _queue(config: Config) -> Iterator[str]:
     batch = config.batch
