@@ -98,8 +98,10 @@ def judge_group(
     config_json: str, source: str, index: int, samples: Sequence[dict[str, Any]]
 ) -> tuple[list[float], bool]:
     """Runs the configured functions on one group."""
-    config, tokenizer, sources = _load(config_json)
-    group = Group(sources[source][index], tuple(_sample(tokenizer, sample) for sample in samples))
+    config, sources = _load(config_json)
+    content = sources[source][index]
+    tokenizer = _tokenizer(config.model.path)
+    group = Group(content, tuple(_sample(tokenizer, sample) for sample in samples))
     if config.task.group_reward:
         given = load_callable(config.task.group_reward, "task.group_reward")(group)
         rewards = [float(reward) for reward in given]
@@ -111,9 +113,14 @@ def judge_group(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(config_json: str) -> tuple[Config, Any, dict[str, Any]]:
+def _load(config_json: str) -> tuple[Config, dict[str, Any]]:
     config = Config.model_validate_json(config_json)
-    return config, load_tokenizer(Path(config.model.path)), dict(load_sources(config.task))
+    return config, dict(load_sources(config.task))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(checkpoint: str) -> Any:
+    return load_tokenizer(Path(checkpoint))
 
 
 def _sample(tokenizer: Any, raw: dict[str, Any]) -> Sample:

@@ -64,7 +64,7 @@ def test_right_conversions_are_rewarded() -> None:
     reward: Any = load_reward(config.task)
     for content in (load_sources(config.task)["units"][i] for i in range(20)):
         assert reward(content, f"<answer>{content['answer']:.9f}</answer>", "stop") == 1.0
-        assert reward(content, f"<answer>{content['answer'] + 1}</answer>", "stop") == 0.0
+        assert reward(content, f"<answer>{2 * content['answer']:.9f}</answer>", "stop") == 0.0
         assert reward(content, str(content["answer"]), "stop") == 0.0
 
 

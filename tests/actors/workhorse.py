@@ -55,6 +55,10 @@ def judge(content: Any, answer: str, finish_reason: str) -> float:
     return float(answer == content["wanted"])
 
 
+def source() -> list[dict[str, str]]:
+    return [{"prompt": "1", "wanted": "12"}, {"prompt": "2", "wanted": "21"}]
+
+
 class Counter:
     def __init__(self, start: int) -> None:
         self.value = start

@@ -85,10 +85,6 @@ def test_a_judge_that_always_fails_ends_the_run() -> None:
 # ------------------------------------------------------------------------------------------- the user's functions
 
 
-def source() -> list[dict[str, str]]:
-    return [{"prompt": "1", "wanted": "12"}, {"prompt": "2", "wanted": "21"}]
-
-
 def shortest_wins(group: Group) -> list[float]:
     best = min(sample.sampled_tokens for sample in group.samples)
     return [float(s.sampled_tokens == best) + (s.answer == group.content["wanted"]) for s in group.samples]
@@ -100,7 +96,10 @@ def one_for_all(group: Group) -> list[float]:
 
 def user_config(checkpoint: Path | str = "x", **task: str) -> Config:
     return Config.model_validate(
-        {"model": {"path": str(checkpoint)}, "task": {"train": {"s": {"factory": f"{__name__}:source"}}, **task}}
+        {
+            "model": {"path": str(checkpoint)},
+            "task": {"train": {"s": {"factory": "tests.actors.workhorse:source"}}, **task},
+        }
     )
 
 
@@ -146,9 +145,9 @@ def test_the_judge_is_a_process_of_its_own_and_its_failures_have_reasons() -> No
         judge = make_judge(user_config(group_reward="tests.actors.workhorse:hang"))
         assert judge is not None
         try:
-            with pytest.raises(WorkerError, match=r"judge_group raised") as failure:
+            with pytest.raises(WorkerError, match=r"judge_group raised KeyError: 'train'") as failure:
                 await judge([episode(0, 3), episode(1, 3)])
-            assert failure.value.reason, "there is no tokenizer at 'x'"
+            assert failure.value.reason == "KeyError", "the configuration has no such source"
         finally:
             await judge.close()
 
