@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slime_async.actors import single_turn
-from slime_async.actors.engine import GenerateRequest, Generation
+from slime_async.actors.embedded.engine import EmbeddedEngine
+from slime_async.actors.engine import GenerateRequest, Generation, PauseMode
 from slime_async.actors.environment import Episode, EpisodeBuilder, EpisodeTruncated, Policy, Task
 from slime_async.actors.policy import EnginePolicy, EpisodeLimits
 from slime_async.actors.rollout import Rollout, RolloutFailure, RolloutSettings
 from slime_async.actors.shaping import Overlong
 from slime_async.config import Config
+from slime_async.demo.model import make_checkpoint
 from slime_async.protocol import Reservation
-from slime_async.trajectory import TaskRef, Trajectory
+from slime_async.trajectory import TaskRef, Trajectory, WeightId
 from tests.actors.scripted import EOS_ID, SAMPLING, TOKENIZER, Answer, ScriptedEngine, answer, says
 
 
@@ -191,3 +194,27 @@ def test_the_limit_of_overlong_shaping_is_the_episodes_before_the_turns() -> Non
     assert overlong(max_new_tokens=100) == Overlong(100, 8, 1.0)
     assert overlong(max_new_tokens=100, max_episode_tokens=300) == Overlong(300, 8, 1.0)
     assert Overlong.from_config(Config()) is None
+
+
+def test_the_embedded_engine_hands_over_what_it_has_when_a_turn_is_over(tmp_path: Path) -> None:
+    """Against the real engine: one paused before its first token, and one that is told to stop while it samples."""
+
+    async def play() -> None:
+        make_checkpoint(tmp_path, 0)
+        engine = EmbeddedEngine(tmp_path, slots=2, max_context=120, weights=WeightId(1, 0))
+        await engine.start()
+        try:
+            await engine.pause(PauseMode.IN_PLACE)
+            endless = replace(SAMPLING, max_new_tokens=100, stop_token_ids=())
+            waits = EnginePolicy(engine, endless, EpisodeLimits(120, turn_timeout_s=0.05), seed=0)
+            with pytest.raises(EpisodeTruncated, match="no token was sampled"):
+                await waits.sample([1, 2])
+            await engine.resume()
+            samples = EnginePolicy(engine, endless, EpisodeLimits(120, turn_timeout_s=0.02), seed=0)
+            turn = await samples.sample([1, 2])
+            assert (turn.finish_reason == "deadline") == (len(turn.output_ids) < 100)
+            assert (await engine.status()).running_requests == 0
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(play(), 60))
