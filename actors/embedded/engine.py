@@ -8,7 +8,6 @@ open and later call raises ``EngineError`` with what it died of.
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import threading
 import time
@@ -23,7 +22,7 @@ import torch
 from slime_async.actors.embedded.checkpoint import read_config, read_tensors
 from slime_async.actors.embedded.decoder import Decoder
 from slime_async.actors.embedded.scheduler import Scheduler
-from slime_async.actors.engine import EngineError, EngineStatus, GenerateRequest, Generation, PauseMode
+from slime_async.actors.engine import EngineError, EngineStatus, GenerateRequest, Generation, PauseMode, check_request
 from slime_async.protocol import WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.threads import in_daemon_thread
@@ -96,7 +95,7 @@ class EmbeddedEngine:
                 raise EngineError(f"engine {self.engine_id} could not load its weights: {error}") from error
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        self._check_request(request)
+        check_request(request, self._config.vocab_size, self._max_context)
         self._check_alive()
         assert self._loop is not None
         loop, future = self._loop, self._loop.create_future()
@@ -166,6 +165,9 @@ class EmbeddedEngine:
             scheduler.generated_tokens,
         )
 
+    async def check_health(self) -> None:
+        self._check_alive()
+
     async def close(self) -> None:
         with self._wakeup:
             self._closing = True
@@ -176,36 +178,6 @@ class EmbeddedEngine:
         self._fail_open(EngineError(f"engine {self.engine_id} was closed"))
 
     # ------------------------------------------------------------------------------------------ event loop's side
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        ids, vocab = request.prompt_ids, self._config.vocab_size
-        if not ids:
-            raise ValueError(f"request {request.request_id}: the prompt is empty; it needs at least one token")
-        if wrong := [token for token in ids if not 0 <= token < vocab]:
-            raise ValueError(
-                f"request {request.request_id}: token id {wrong[0]} is outside the vocabulary of {vocab}; "
-                "was it encoded with another model's tokenizer?"
-            )
-        if len(ids) >= self._max_context:
-            raise ValueError(
-                f"request {request.request_id}: a prompt of {len(ids)} tokens leaves no room in a context of "
-                f"{self._max_context}; raise sampling.max_context_tokens or shorten the prompt"
-            )
-        sampling = request.sampling
-        refused = {  # the decode thread would die of these, or sample nonsense
-            "max_new_tokens": (sampling.max_new_tokens, sampling.max_new_tokens < 1, "ask for at least 1"),
-            "temperature": (sampling.temperature, not 0 <= sampling.temperature < math.inf, "0 is greedy, 1 the model"),
-            "top_p": (sampling.top_p, not 0 < sampling.top_p <= 1, "a share of the mass, 1 for all"),
-            "seed": (sampling.seed, not 0 <= (sampling.seed or 0) < 2**64, "64 bits without a sign"),
-            "resumed_tokens": (
-                request.resumed_tokens,
-                not 0 <= request.resumed_tokens <= len(ids),
-                "they end the prompt",
-            ),
-        }
-        for field, (value, is_refused, remedy) in refused.items():
-            if is_refused:
-                raise ValueError(f"request {request.request_id}: {field} = {value}; {remedy}")
 
     def _check_alive(self) -> None:
         if self._failure is not None:
