@@ -11,13 +11,16 @@ actor's event loop; none blocks it. A request's life::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from slime_async.protocol import WeightGroupSpec, WeightManifest
 from slime_async.trajectory import VersionSpan, WeightId
+
+BusySpan = Callable[[int, int], None]
+"""Called with the first and last nanosecond (``time.monotonic_ns``) of uninterrupted computing, on whatever thread"""
 
 
 class PauseMode(StrEnum):

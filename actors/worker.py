@@ -2,9 +2,10 @@
 
 ::
 
-    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine (its own thread or server)
+    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine pool ──► engines (threads or servers)
         ◄─ Deliver ──      one coroutine per reservation
-        ── JoinWeightGroup, Pause, Receive, Resume ─────────────────────► engine
+        ── JoinWeightGroup, Pause, Receive, Resume ────────────────────────────────────► one of its engines
+        ◄─ EnginesChanged ── an engine died, or came up again ──────────── engine pool
 
 Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
 without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, or with
@@ -17,17 +18,22 @@ import asyncio
 import logging
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
-from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import PauseMode
+from slime_async.actors.engine import Engine, PauseMode
+from slime_async.actors.engines import make_pool
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.config import Config
 from slime_async.protocol import (
     Deliver,
+    Ejected,
+    EngineCommand,
     EngineInfo,
+    EnginesChanged,
     Failed,
     Granted,
     Hello,
@@ -64,31 +70,39 @@ class RunEnded(RuntimeError):
 
 
 class Worker:
-    """One actor: one engine, one connection, and a coroutine per reservation."""
+    """One actor: one engine pool, one connection, and a coroutine per reservation."""
 
-    def __init__(self, config: Config, name: str, engine: EmbeddedEngine, rollout: Rollout) -> None:
+    def __init__(self, config: Config, name: str, pool: EnginePool, rollout: Rollout) -> None:
         self._config = config
         self._name = name
-        self._engine = engine
+        self._pool = pool
         self._rollout = rollout
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
         self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
 
     async def run(self, hub_address: str) -> None:
-        """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
-        await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        """Until the hub says that the run is over. Raises what broke: the connection, the engines, or a bug of ours."""
+        try:
+            await self._pool.start()
+            await self._serve(hub_address)
+        finally:
+            await self._pool.close()
+
+    async def _serve(self, hub_address: str) -> None:
         hello = Hello(
             role="actor",
             name=self._name,
             slots=self._config.actor.slots,
-            engines=(EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks),),
+            engines=self._pool.infos,
             sources=self._rollout.source_sizes,
         )
         self._client = await HubClient.connect(hub_address, hello, handler=self._handle)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
+                tasks.create_task(self._pool.run(), name="engine pool")
+                tasks.create_task(self._tell_of_engines(self._client, hello.engines), name="engines")
                 tasks.create_task(self._report_regularly(self._client), name="report")
                 tasks.create_task(self._end_when_told(), name="shutdown")
                 tasks.create_task(self._play_what_is_granted(tasks), name="grants")
@@ -96,7 +110,6 @@ class Worker:
             log.info("the run is over")
         finally:
             await self._client.close()
-            await self._engine.close()
 
     async def _end_when_told(self) -> None:
         shutdown = await self._shutdown
@@ -116,27 +129,25 @@ class Worker:
                 if not self._shutdown.done():
                     self._shutdown.set_result(message)
                 return None
-        self._check_engine(message)
-        match message:
-            case PrepareWeights():
-                await self._engine.status()
-            case JoinWeightGroup():
-                await self._engine.join_weight_group(message.spec, message.rank_offset)
-            case PauseEngine():
-                await self._engine.pause(PauseMode(message.mode))
-            case ReceiveWeights():
-                await self._engine.receive_weights(message.manifest, message.weights)
-                return Received(self._engine.in_flight_at_update)
-            case ResumeEngine():
-                await self._engine.resume()
+            case Ejected():
+                self._pool.restart(message.engine_id, message.reason)
+                return None
+            case JoinWeightGroup() | PrepareWeights() | PauseEngine() | ReceiveWeights() | ResumeEngine():
+                timeout_s = self._config.weights.command_timeout_s
+                return await self._pool.command(message.engine_id, partial(_obey, message), timeout_s)
             case _:
                 raise ValueError(f"{type(message).__name__} is nothing that an actor does")
-        return Ok()
 
-    def _check_engine(self, message: Message) -> None:
-        wanted = getattr(message, "engine_id", self._engine.engine_id)
-        if wanted != self._engine.engine_id:
-            raise ValueError(f"actor {self._name} holds engine {self._engine.engine_id}, not {wanted}")
+    async def _tell_of_engines(self, client: HubClient, told: tuple[EngineInfo, ...]) -> None:
+        """Consumes the pool's changes; the hub then tells the learner, which brings weights to those who lack them."""
+        changed = asyncio.Event()
+        self._pool.on_change = lambda _: changed.set()
+        while True:
+            if (engines := self._pool.infos) != told:
+                await client.note(EnginesChanged(engines))
+                told = engines
+            await changed.wait()
+            changed.clear()
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
@@ -179,10 +190,11 @@ class Worker:
         tokens, at = 0, time.monotonic()
         while True:
             await asyncio.sleep(interval_s)
-            status = await self._engine.status()
+            status = await self._pool.status()
             now = time.monotonic()
             report: Report = {
-                "engine": self._engine.engine_id,
+                "engines": len(self._pool.infos),
+                "engine_deaths": self._pool.deaths,
                 "weight_version": status.weights.version if status.weights else -1,
                 "running_requests": status.running_requests,
                 "waiting_requests": status.waiting_requests,
@@ -194,6 +206,23 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
+async def _obey(command: EngineCommand, engine: Engine) -> Message:
+    """One of the learner's commands, done."""
+    match command:
+        case PrepareWeights():
+            await engine.check_health()
+        case JoinWeightGroup():
+            await engine.join_weight_group(command.spec, command.rank_offset)
+        case PauseEngine():
+            await engine.pause(PauseMode(command.mode))
+        case ReceiveWeights():
+            await engine.receive_weights(command.manifest, command.weights)
+            return Received(engine.in_flight_at_update)
+        case ResumeEngine():
+            await engine.resume()
+    return Ok()
+
+
 def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
     """The actor's process. Returns when the hub says that the run is over."""
     uvloop.run(_main(config, name, hub_address, run_directory))
@@ -202,15 +231,6 @@ def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) 
 async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
     checkpoint = Path(config.model.path)
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name)) as recorder:
-        engine = EmbeddedEngine(
-            checkpoint,
-            engine_id=f"{name}/embedded",
-            slots=config.actor.max_running_requests,
-            max_context=config.sampling.max_context_tokens,
-            device=config.actor.device,
-            threads=config.actor.threads,
-            fixed_slots=config.run.deterministic,
-            on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
-        )
-        rollout = make_rollout(config, checkpoint, engine)
-        await Worker(config, name, engine, rollout).run(hub_address)
+        pool = make_pool(config, name, run_directory / "logs", recorder)
+        rollout = make_rollout(config, checkpoint, pool)
+        await Worker(config, name, pool, rollout).run(hub_address)

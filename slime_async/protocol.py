@@ -13,12 +13,15 @@ Granted             hub ──► actor         (note) reservations; these are t
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
 Failed              actor ──► hub         Ok; the sample is granted again
+EnginesChanged      actor ──► hub         (note) an engine of the actor's died, or came up again
+Ejected             hub ──► actor         (note) the learner gave an engine up: it has to be restarted
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
 Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted until Published
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
+Eject               learner ──► hub       Ok; the engine is no member any more, and its actor is told
 Relay               learner ──► hub       the reply of the actor to the message inside
   JoinWeightGroup   … ──► actor           Ok, when the engine is a member
   PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
@@ -175,6 +178,19 @@ class Failed(Message):
     evaluation: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class EnginesChanged(Message):
+    """The actor's engines that run now; one that was restarted has a new id."""
+
+    engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ejected(Message):
+    engine_id: str
+    reason: str
+
+
 # --------------------------------------------------------------------------------------------------- learner
 
 
@@ -296,6 +312,14 @@ class WeightManifest:
 @dataclass(frozen=True, slots=True)
 class Membership(Message):
     engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Eject(Message):
+    """Give up an engine that did not answer in time."""
+
+    engine: EngineInfo
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,10 @@ from slime_async.protocol import (
     Deliver,
     Delivered,
     Drain,
+    Eject,
+    Ejected,
     EngineInfo,
+    EnginesChanged,
     Evaluate,
     EvaluationResult,
     Failed,
@@ -171,6 +174,15 @@ class Hub:
     def _engines(self) -> tuple[EngineInfo, ...]:
         return tuple(engine for actor in self._actors.values() for engine in actor.engines)
 
+    async def _eject(self, message: Eject) -> None:
+        """From now on the engine is no member; its actor restarts it, and then says so."""
+        actor = self._actors.get(message.engine.actor)
+        if actor is not None and message.engine in actor.engines:
+            log.warning("engine %s is ejected: %s", message.engine.engine_id, message.reason)
+            actor.engines = tuple(engine for engine in actor.engines if engine != message.engine)
+            await self._server.note(message.engine.actor, Ejected(message.engine.engine_id, message.reason))
+            await self._tell_learner_members()
+
     async def _tell_learner_members(self) -> None:
         if self._learner is not None:
             await self._server.note(self._learner, Membership(self._engines()))
@@ -208,6 +220,8 @@ class Hub:
                 await self._drain(message)
             case Evaluate():
                 return await self._evaluate(message)
+            case Eject():
+                await self._eject(message)
             case Relay():
                 return await self._server.call(message.actor, message.message, message.wait_s)
             case GetStatus():
@@ -221,9 +235,14 @@ class Hub:
         return Ok()
 
     async def _on_note(self, peer: Peer, message: Message) -> None:
-        if not isinstance(message, Started):
-            raise ValueError(f"{type(message).__name__} is no note that the hub takes")
-        self._queue.start(message.key, message.attempt, self._clock())
+        match message:
+            case Started():
+                self._queue.start(message.key, message.attempt, self._clock())
+            case EnginesChanged():
+                self._actors[peer.name].engines = message.engines
+                await self._tell_learner_members()
+            case _:
+                raise ValueError(f"{type(message).__name__} is no note that the hub takes")
 
     def _deliver(self, peer: Peer, message: Deliver) -> Delivered:
         trajectory = message.trajectory

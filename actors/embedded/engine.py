@@ -22,7 +22,15 @@ import torch
 from slime_async.actors.embedded.checkpoint import read_config, read_tensors
 from slime_async.actors.embedded.decoder import Decoder
 from slime_async.actors.embedded.scheduler import Scheduler
-from slime_async.actors.engine import EngineError, EngineStatus, GenerateRequest, Generation, PauseMode, check_request
+from slime_async.actors.engine import (
+    BusySpan,
+    EngineError,
+    EngineStatus,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+    check_request,
+)
 from slime_async.protocol import WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.threads import in_daemon_thread
@@ -30,9 +38,6 @@ from slime_async.transport.weight_group import WeightGroup
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that one step may still take when the engine is closed."""
-
-BusySpan = Callable[[int, int], None]
-"""Called on the decode thread with the first and last nanosecond (``time.monotonic_ns``) of uninterrupted computing"""
 
 Result = TypeVar("Result")
 
@@ -76,6 +81,7 @@ class EmbeddedEngine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Future[Generation]] = set()
+        self._requests: dict[asyncio.Future[Generation], str] = {}
         self._group: WeightGroup | None = None
         self.in_flight_at_update = 0
         """Requests that were being sampled when the last weights arrived"""
@@ -105,6 +111,7 @@ class EmbeddedEngine:
             loop.call_soon_threadsafe(_resolve, future, generation)
 
         self._open.add(future)
+        self._requests[future] = request.request_id
         self._post(lambda: self._scheduler.submit(request, seed, done))
         try:
             generation: Generation = await future
@@ -114,6 +121,7 @@ class EmbeddedEngine:
             raise
         finally:
             self._open.discard(future)
+            del self._requests[future]
 
     async def abort(self, request_id: str) -> None:
         await self._command(lambda: self._scheduler.abort(request_id))
@@ -175,7 +183,7 @@ class EmbeddedEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         await self._leave_group()
-        self._fail_open(EngineError(f"engine {self.engine_id} was closed"))
+        self._fail_open(f"engine {self.engine_id} was closed")
 
     # ------------------------------------------------------------------------------------------ event loop's side
 
@@ -211,8 +219,13 @@ class EmbeddedEngine:
             group, self._group = self._group, None
             await asyncio.to_thread(group.close)
 
-    def _fail_open(self, error: EngineError) -> None:
+    def _fail_open(self, message: str, cause: BaseException | None = None) -> None:
+        """After the decode thread's end: every open call raises, requests with what they have."""
+        sampled = self._scheduler.abandon()
         for future in list(self._open):
+            error = EngineError(message)
+            error.__cause__ = cause
+            error.partial = sampled.get(self._requests.get(future, ""))
             _reject(future, error)
 
     # ------------------------------------------------------------------------------------------ decode thread's side
@@ -230,9 +243,7 @@ class EmbeddedEngine:
         except BaseException as error:  # noqa: BLE001 - the border of a thread: every caller is told
             self._failure = error
             assert self._loop is not None
-            death = EngineError(f"engine {self.engine_id} died: {error}")
-            death.__cause__ = error
-            self._loop.call_soon_threadsafe(self._fail_open, death)
+            self._loop.call_soon_threadsafe(self._fail_open, f"engine {self.engine_id} died: {error}", error)
 
     def _loop_until_closed(self) -> None:
         busy_since: int | None = None

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from slime_async.actors.embedded.checkpoint import read_shapes
 from slime_async.actors.engine import (
+    BusySpan,
     EngineError,
     EngineStatus,
     GenerateRequest,
@@ -34,7 +35,7 @@ from slime_async.actors.engine import (
 from slime_async.actors.sglang.answers import Answer
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body
 from slime_async.actors.sglang.model import ModelFacts
-from slime_async.actors.sglang.server import LaunchSpec, ServerProcess
+from slime_async.actors.sglang.server import POLL_S, LaunchSpec, ServerProcess
 from slime_async.actors.sglang.updates import CONTROL_TIMEOUT_S, ServerStuck, WeightUpdates
 from slime_async.actors.sglang.versions import Features, cache_key, features_of, weight_label
 from slime_async.protocol import WeightGroupSpec, WeightManifest
@@ -62,9 +63,11 @@ class SGLangEngine:
         url: str = "",
         max_context: int = 4096,
         weights: WeightId | None = None,
+        startup_timeout_s: float = 600.0,
         stall_timeout_s: float = 120.0,
         api_key: str = "",
         admin_key: str = "",
+        on_busy: BusySpan | None = None,
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
 
@@ -79,7 +82,9 @@ class SGLangEngine:
         self._launch, self._url = launch, url
         self._keys = {"api_key": api_key, "admin_key": admin_key}
         self._weights = weights
-        self._stall_timeout_s = stall_timeout_s
+        self._startup_timeout_s, self._stall_timeout_s = startup_timeout_s, stall_timeout_s
+        self._on_busy = on_busy
+        self._busy_since: int | None = None
         self._server: ServerProcess | None = None
         self._client: SGLangClient | None = None
         self._features: Features | None = None
@@ -112,11 +117,11 @@ class SGLangEngine:
             read_shapes(self._model.checkpoint)  # what is missing is said here in a word, by the server in a page
         if self._launch is None:
             client = self._client = SGLangClient(self._url, self._name, **self._keys)
-            await client.ready(HEALTH_TIMEOUT_S)  # it may be paused, but it must answer
+            await self._find(client)
         else:
             server = self._server = await ServerProcess.launch(self._launch)
             client = self._client = SGLangClient(server.url, self._name, **self._keys)
-            await server.wait_ready(lambda: client.ready(HEALTH_TIMEOUT_S), self._launch.startup_timeout_s)
+            await server.wait_ready(lambda: client.ready(HEALTH_TIMEOUT_S), self._startup_timeout_s)
         info = await client.server_info(CONTROL_TIMEOUT_S)
         self._features = features_of(str(info.get("version")))
         self._overlap = not info.get("disable_overlap_schedule", False)
@@ -125,6 +130,19 @@ class SGLangEngine:
         self._updates = WeightUpdates(client, self._features, self._name)
         self._progress_at = time.monotonic()
         log.info("%s: SGLang %s at %s, %d ranks", self._name, self._features.version, client.url, self.num_ranks)
+
+    async def _find(self, client: SGLangClient) -> None:
+        """Until somebody else's server answers; it may be paused."""
+        deadline = time.monotonic() + self._startup_timeout_s
+        while True:
+            try:
+                await client.ready(HEALTH_TIMEOUT_S)
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
+            else:
+                return
 
     async def close(self) -> None:
         await self._fail(EngineError(f"{self._name} was closed"))
@@ -203,6 +221,7 @@ class SGLangEngine:
         """One exchange with the server; why it ended."""
         client = self._check_alive()
         body = generate_body(answer.submit(weights), max_new_tokens, cache_key(weights), seeded=self._seeded)
+        self._note_business()
         if not any(other.submitted for other in self._answers.values() if other is not answer):
             self._progress_at = time.monotonic()  # nothing was asked of the server before
         chunk = None
@@ -217,10 +236,21 @@ class SGLangEngine:
         finally:
             finished = chunk if chunk is not None and chunk.finish_reason is not None else None
             answer.end_submission(finished, frozenset(self._late))
+            self._note_business()
             await self._notify()
         assert finished is not None
         assert finished.finish_reason is not None
         return finished.finish_reason
+
+    def _note_business(self) -> None:
+        """The server computes while it has requests and is not paused; a stretch of that ends or begins here."""
+        busy = self._paused is None and any(answer.submitted for answer in self._answers.values())
+        if busy and self._busy_since is None:
+            self._busy_since = time.monotonic_ns()
+        elif not busy and self._busy_since is not None:
+            since, self._busy_since = self._busy_since, None
+            if self._on_busy is not None:
+                self._on_busy(since, time.monotonic_ns())
 
     async def _gate(self, answer: Answer) -> WeightId | None:
         """The weights to sample with, once there are some and nobody pauses; None for an answer aborted meanwhile."""
@@ -263,6 +293,7 @@ class SGLangEngine:
         client = self._check_alive()
         assert self._features is not None
         self._paused = mode
+        self._note_business()
         if mode is PauseMode.ABORT or (mode is PauseMode.RETRACT and not self._features.flushes_retracted):
             await self._cut_all(client, mode)
             mode = PauseMode.IN_PLACE  # nothing is left to be cut; what comes now waits
@@ -280,6 +311,7 @@ class SGLangEngine:
     async def resume(self) -> None:
         await self._check_alive().post("/continue_generation", {"torch_empty_cache": False}, CONTROL_TIMEOUT_S)
         self._paused = None
+        self._note_business()
         self._progress_at = time.monotonic()
         await self._notify()
 

@@ -36,7 +36,6 @@ class LaunchSpec:
     """Its command line, without host and port"""
     log: Path
     """Where its stdout and stderr go; appended to"""
-    startup_timeout_s: float
     devices: tuple[int, ...] = ()
     """The GPUs it may see; empty leaves that to the environment"""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -19,9 +19,11 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from slime_async.actors.engine import EngineError
+from slime_async.config.errors import ConfigError
 from slime_async.trajectory import VersionSpan, WeightId
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Features:
 
 
 def features_of(version: str) -> Features:
-    """Raises ``EngineError`` for a release that is too old or no release; warns of one that is newer than tested."""
+    """Raises ``ConfigError`` for a release that is too old or no release; warns of one that is newer than tested."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
         raise EngineError(
@@ -59,7 +61,7 @@ def features_of(version: str) -> Features:
         )
     release = (int(match[1]), int(match[2]), int(match[3]))
     if release < OLDEST:
-        raise EngineError(f"SGLang {version} is too old: install {_text(OLDEST)} to {_text(NEWEST)}")
+        raise ConfigError(f"SGLang {version} is too old: install {_text(OLDEST)} to {_text(NEWEST)}")
     if release > NEWEST:
         log.warning("SGLang %s is newer than %s, the newest that was tested: expect surprises", version, _text(NEWEST))
     return Features(
@@ -68,6 +70,14 @@ def features_of(version: str) -> Features:
         sessions=release >= SESSIONS_SINCE,
         flushes_retracted=release >= SESSIONS_SINCE,
     )
+
+
+def installed_version() -> str:
+    """Of the SGLang in this environment, without importing it; empty where there is none."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def weight_label(weights: WeightId) -> str:

@@ -19,7 +19,8 @@ def plan_run(config: Config, run: Path) -> RunPlan:
     hub_argv = (sys.executable, *PROGRAM, "hub", *settings, "--ready-file", str(ready))
 
     def actor(address: str, name: str) -> RoleCommand:
-        argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name)
+        devices = ("--actor.devices", str(list(actor_devices(config, name)))) if config.actor.devices else ()
+        argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name, *devices)
         return RoleCommand(name, argv, thread_environment(config.actor.threads))
 
     def learner(address: str) -> RoleCommand:
@@ -36,6 +37,13 @@ def plan_run(config: Config, run: Path) -> RunPlan:
         actors=config.actor.count,
         max_restarts=config.actor.max_restarts,
     )
+
+
+def actor_devices(config: Config, name: str) -> tuple[int, ...]:
+    """The share of ``actor.devices`` of the actor called ``actor-1`` or, in a later life, ``actor-1.2``."""
+    index = int(name.removeprefix("actor-").partition(".")[0])
+    share = len(config.actor.devices) // config.actor.count
+    return config.actor.devices[index * share : (index + 1) * share]
 
 
 def learner_interpreter(ranks: int) -> tuple[str, ...]:

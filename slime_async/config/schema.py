@@ -91,6 +91,16 @@ class ActorConfig(Section):
     """Actor processes that ``slime-async train`` starts; 0 when they are started elsewhere"""
     engine: Literal["embedded", "sglang"] = "embedded"
     """Which engine an actor runs"""
+    engines: PositiveInt = 1
+    """Engines in one actor, each with its own copy of the weights, on [sglang] tp_size × pp_size devices each"""
+    engine_urls: tuple[str, ...] = ()
+    """SGLang servers that run elsewhere, in place of engines of the actor's own"""
+    devices: tuple[int, ...] = ()
+    """GPUs of this machine's actors, in order, shared out among their SGLang servers; empty: what CUDA shows"""
+    engine_stall_timeout_s: PositiveFloat = 120.0
+    """An SGLang server that has requests and samples nothing for this long is taken for hung, and restarted"""
+    health_interval_s: PositiveFloat = 5.0
+    """Between two health checks of each engine"""
     slots: PositiveInt = 128
     """Trajectories that run at once in one actor"""
     max_running_requests: PositiveInt = 128
@@ -100,7 +110,7 @@ class ActorConfig(Section):
     device: str = "cpu"
     """Of the embedded engine"""
     max_restarts: int = Field(8, ge=0)
-    """How many times dead actors are started again, all together, before the run fails"""
+    """How many times dead actors are started again, all together, before the run fails; within an actor, its engines"""
     startup_timeout_s: PositiveFloat = 600.0
     """Until an engine is up"""
     episode_timeout_s: PositiveFloat = 600.0
@@ -155,6 +165,16 @@ class WeightsConfig(Section):
     """Of the broadcast; auto takes nccl where learner and engines have GPUs"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+
+    @property
+    def command_timeout_s(self) -> float:
+        """Of one command in an actor: the weight group's own deadline, which says more, comes first"""
+        return 1.5 * self.timeout_s
+
+    @property
+    def reply_timeout_s(self) -> float:
+        """Of one command as the learner sees it: whoever waits longest ejects"""
+        return 2 * self.timeout_s
 
 
 class LearnerConfig(Section):

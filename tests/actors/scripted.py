@@ -72,5 +72,8 @@ class ScriptedProcess(ScriptedEngine):
     async def status(self) -> EngineStatus:
         return EngineStatus(self.engine_id, self.weights, False, 0, 0, 0)
 
+    async def check_health(self) -> None:
+        assert self.state == "started"
+
     async def close(self) -> None:
         self.state = "closed"

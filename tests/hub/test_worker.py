@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slime_async.actors import single_turn
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.worker import Worker
 from slime_async.protocol import Finish, Ok, PrepareWeights, Relay, ResumeEngine
@@ -35,7 +36,8 @@ def with_worker(test: Test, **batch: Any) -> None:
         async with stage(config) as hub:
             learner = await hub.learner()
             await learner.publish(0)
-            worker = asyncio.create_task(Worker(config, "w", engine, rollout).run(hub.hub.address))  # type: ignore[arg-type]
+            pool = EnginePool("w", [lambda _: engine])  # type: ignore[list-item, return-value]
+            worker = asyncio.create_task(Worker(config, "w", pool, rollout).run(hub.hub.address))
             try:
                 await test(hub, learner, engine, worker)
             finally:
@@ -73,7 +75,7 @@ def test_commands_for_an_engine_that_it_does_not_hold_are_refused() -> None:
     async def test(hub: Stage, learner: Learner, engine: ScriptedProcess, worker: asyncio.Task[None]) -> None:
         await learner.members(1)
         assert await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1)), WAIT_S)) == Ok()
-        with pytest.raises(RemoteError, match="actor w holds engine scripted, not other"):
+        with pytest.raises(RemoteError, match="actor w holds scripted, not other"):
             await learner.call(Relay("w", ResumeEngine("other"), WAIT_S))
 
     with_worker(test)
