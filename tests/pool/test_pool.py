@@ -17,7 +17,7 @@ from slime_async.actors.policy import EnginePolicy
 from slime_async.actors.pool import EnginePool
 from slime_async.protocol import EngineInfo
 from slime_async.trajectory import VersionSpan, WeightId
-from tests.engine.reference import (
+from tests.contract.reference import (
     NEW,
     OLD,
     Checkpoints,
