@@ -6,8 +6,8 @@
         batch    = feed.next_batch(version)                        the hub (a complete, leased batch)
         result   = trainer.train_policy(batch)                     the device
         commit(version)                                            the hub's acknowledgement
-        snapshot = trainer.export()                                the copy out of the model
         publisher.publish(snapshot, version + 1)                   only if the publication before has not begun
+        fill(snapshot)                                             the conversion out of the model
 
 The same loop runs on every rank; rank 0's ``Reporting`` talks to hub, publisher and files, the others' does nothing.
 """
@@ -21,7 +21,6 @@ from typing import Protocol
 from slime_async.config import Config
 from slime_async.learner.batch import prepare_batch
 from slime_async.learner.feed import Feed
-from slime_async.learner.publisher import Snapshot
 from slime_async.learner.trainer import Trainer
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
@@ -34,8 +33,11 @@ class Outlet(Protocol):
 
     def commit(self, train_version: int) -> None: ...
 
-    def publish(self, snapshot: Snapshot) -> float:
-        """Returns the seconds that the loop had to wait."""
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        """Hand out the trainer's weights as they are now; returns the seconds that the loop had to wait before.
+
+        A collective: every rank calls it.
+        """
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -49,7 +51,8 @@ class SilentOutlet:
     def commit(self, train_version: int) -> None:
         """Rank 0 commits."""
 
-    def publish(self, snapshot: Snapshot) -> float:
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        trainer.take_part_in_export()
         return 0.0
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -57,11 +60,6 @@ class SilentOutlet:
 
     def begin(self, activity: str, step: int) -> None:
         """Rank 0 reports."""
-
-
-def take_snapshot(trainer: Trainer, weights: WeightId) -> Snapshot:
-    """Whole tensors, copied, so that the next step may change the model while they are sent."""
-    return Snapshot(weights, trainer.manifest(), tuple(tensor.detach().clone() for _, tensor in trainer.export()))
 
 
 def train(
@@ -82,13 +80,12 @@ def train(
         with recorder.span("commit", step=version):
             outlet.commit(version)
         with recorder.span("snapshot", step=version):
-            snapshot = take_snapshot(trainer, WeightId(incarnation, version + 1))
+            publish_wait_s = outlet.publish(trainer, WeightId(incarnation, version + 1))
         snapshotted = time.monotonic()
-        publish_wait_s = outlet.publish(snapshot)
         seconds = {
             "lease_wait_s": leased - asked,
             "train_s": trained - leased,
-            "snapshot_s": snapshotted - trained,
+            "snapshot_s": snapshotted - trained - publish_wait_s,
             "publish_stall_s": publish_wait_s,
             "step_s": time.monotonic() - asked,
             "learner_tokens_per_s": prepared.metrics["batch_tokens"] / (trained - leased),

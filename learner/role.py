@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from slime_async.config import Config
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
-from slime_async.learner.loop import SilentOutlet, take_snapshot, train
-from slime_async.learner.publisher import Publisher, Snapshot
+from slime_async.learner.loop import SilentOutlet, train
+from slime_async.learner.publisher import Publisher
+from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.learner.warm_start import warm_start
 from slime_async.protocol import (
@@ -58,13 +59,19 @@ class HubOutlet:
         self._client = client
         self._publisher = publisher
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl")
+        self._snapshots: Snapshots | None = None
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
         self._client.call(Commit(INCARNATION, train_version), CALL_TIMEOUT_S)
 
-    def publish(self, snapshot: Snapshot) -> float:
-        return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        if self._snapshots is None:
+            self._snapshots = Snapshots(trainer.manifest(), trainer.device)
+        snapshot = self._snapshots.begin(weights)
+        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
+        return waited_s
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         for times in self._publisher.take_times():
@@ -151,7 +158,7 @@ class Learner:
     def _phases(self, trainer: Trainer) -> None:
         config = self._config
         warm_start(config, trainer, self._run_directory / "checkpoints", self._warm_start_progress)
-        self._outlet.publish(take_snapshot(trainer, WeightId(INCARNATION, 0)))
+        self._outlet.publish(trainer, WeightId(INCARNATION, 0))
         self._client.set_report({"phase": "waiting for actors"})
         self._publisher.wait_published(0, config.actor.startup_timeout_s)
         if config.evaluation.before:
@@ -214,7 +221,7 @@ def follow(config: Config, run_directory: Path) -> None:
     with closing(SpanRecorder(run_directory / "spans" / f"learner-{os.environ['RANK']}.jsonl", "learner")) as recorder:
         trainer = Trainer.build(config, Path(config.model.path))
         warm_start(config, trainer, run_directory / "checkpoints", lambda *_: None)
-        take_snapshot(trainer, WeightId(INCARNATION, 0))
+        trainer.take_part_in_export()  # of version 0
         feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
         train(config, trainer, feed, SilentOutlet(), recorder, incarnation=INCARNATION)
         trainer.save_hf(run_directory / "checkpoints" / "final")

@@ -15,10 +15,13 @@ import torch
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import Engine
+from tests.contract import reference
 from tests.contract.reference import Bench
 from tests.contract.servers import Servers, sglang_bench
 from tests.learner.tiny_checkpoints import write_checkpoint
 
+SGLANG_DEADLINE_S = 300.0
+"""Of one test: on a busy machine, two cores carry a server of three processes beside the test"""
 MAX_POSITIONS = 8192
 """Room for an answer that outlasts any wait of a test; no weight's shape depends on it"""
 
@@ -26,6 +29,11 @@ MAX_POSITIONS = 8192
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", choices=["embedded", "sglang"], default="embedded", help="which engine is tested")
     parser.addoption("--gpu", action="store_true", help="SGLang on a GPU, with NCCL")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--engine", "embedded") == "sglang":
+        reference.DEADLINE_S = SGLANG_DEADLINE_S
 
 
 @pytest.fixture(autouse=True, scope="session")
