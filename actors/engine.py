@@ -156,6 +156,9 @@ class Engine(Protocol):
     async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
         """Join a group of which the learner is rank 0; leaves the one before. Returns when all have joined."""
 
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        """Raises ``ValueError`` for weights of another model: asked before anybody sends, when it costs nothing yet."""
+
     async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
         """Take part in one broadcast and use its weights from the next sampled token on."""
 

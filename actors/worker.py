@@ -211,6 +211,7 @@ async def _obey(command: EngineCommand, engine: Engine) -> Message:
     match command:
         case PrepareWeights():
             await engine.check_health()
+            await engine.check_weights(command.manifest)
         case JoinWeightGroup():
             await engine.join_weight_group(command.spec, command.rank_offset)
         case PauseEngine():

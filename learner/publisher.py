@@ -219,7 +219,7 @@ class Publisher:
         weights, commands = snapshot.weights, self._commands
         if self._config.publish == "batch_boundary":
             self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2)
-        commands.tell(engines, lambda e: PrepareWeights(e.engine_id, weights))
+        commands.tell(engines, lambda e: PrepareWeights(e.engine_id, weights, snapshot.manifest))
         self._carrier.connect(engines)
         snapshot.wait_begun(self._config.timeout_s)  # converting the first bucket: engines need not stand still for it
         paused = time.monotonic_ns()

@@ -24,7 +24,7 @@ Membership          hub ──► learner       (note) the set of engines change
 Eject               learner ──► hub       Ok; the engine is no member any more, and its actor is told
 Relay               learner ──► hub       the reply of the actor to the message inside
   JoinWeightGroup   … ──► actor           Ok, when the engine is a member
-  PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
+  PrepareWeights    … ──► actor           Ok, when the engine is well and can use what the manifest names
   PauseEngine       … ──► actor           Ok, when no token is being sampled
   ReceiveWeights    … ──► actor           Received, when the new weights are in use
   ResumeEngine      … ──► actor           Ok
@@ -333,6 +333,7 @@ class JoinWeightGroup(Message):
 class PrepareWeights(Message):
     engine_id: str
     weights: WeightId
+    manifest: WeightManifest
 
 
 @dataclass(frozen=True, slots=True)

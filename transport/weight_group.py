@@ -139,10 +139,11 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave the group; its sockets and threads go. Idempotent. A broadcast of others breaks by it."""
-        process_group, self._process_group = self._process_group, None
-        if process_group is None:
+        held, self._process_group = [self._process_group], None
+        if held[0] is None:
             return
-        leaving = in_daemon_thread(process_group.abort, f"leave-{self.spec.name}-{self.rank}")
+        # the last reference goes on that thread: gloo's destructor waits for what is still in flight
+        leaving = in_daemon_thread(lambda: held.pop().abort(), f"leave-{self.spec.name}-{self.rank}")
         try:
             leaving.result(CLOSE_TIMEOUT_S)
         except TimeoutError:

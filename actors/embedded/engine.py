@@ -72,7 +72,9 @@ class EmbeddedEngine:
         self._max_context = min(max_context, self._config.max_position_embeddings)
         self._threads = threads
         self._on_busy = on_busy
-        decoder = Decoder(self._config, slots=slots, max_context=self._max_context, dtype=dtype, device=self._device)
+        decoder = self._decoder = Decoder(
+            self._config, slots=slots, max_context=self._max_context, dtype=dtype, device=self._device
+        )
         self._scheduler = Scheduler(decoder, slots, weights, fixed_slots=fixed_slots)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wakeup = threading.Condition()
@@ -141,6 +143,9 @@ class EmbeddedEngine:
         except asyncio.CancelledError:
             joining.add_done_callback(_leave)  # the thread goes on joining: a member that nobody knows of would stay
             raise
+
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        self._decoder.check_shapes({tensor.name: tensor.shape for tensor in manifest.tensors})
 
     async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
         self._check_alive()

@@ -323,9 +323,11 @@ class SGLangEngine:
             await self._fail(error)
             raise
 
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        self._model.check_manifest(manifest)
+
     async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
         updates = self._check_updates()
-        self._model.check_manifest(manifest)
         await self._use(weights, lambda label, flush: updates.broadcast(manifest, label, flush=flush))
 
     async def _use(self, weights: WeightId, update: Callable[[str, bool], Awaitable[None]]) -> None:

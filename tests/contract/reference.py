@@ -167,6 +167,7 @@ class Learner:
 
     async def broadcast(self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId) -> None:
         """Raises what the engine raises."""
+        await engine.check_weights(self.manifest(tensors))
         receiving: Awaitable[None] = engine.receive_weights(self.manifest(tensors), weights)
         sent, received = await asyncio.gather(
             asyncio.to_thread(self.group.send, tensors.items()), receiving, return_exceptions=True

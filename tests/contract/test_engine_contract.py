@@ -436,7 +436,7 @@ def test_an_engine_without_weights_waits_and_serves_after_the_first_broadcast(
 
 
 @pytest.mark.parametrize("defect", ["shape", "missing", "unknown"])
-def test_weights_of_another_model_are_refused_by_name_and_the_engine_keeps_its_own(
+def test_weights_of_another_model_are_refused_by_name_before_anybody_sends_them(
     defect: str, bench: Bench, checkpoints: Checkpoints
 ) -> None:
     right = tensors_of(checkpoints(seed=1), bench.device)
@@ -450,13 +450,12 @@ def test_weights_of_another_model_are_refused_by_name_and_the_engine_keeps_its_o
         name, wrong["model.visual.weight"] = "model.visual.weight", torch.zeros(2, device=bench.device)
 
     async def test() -> None:
-        async with serving(bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)) as engine:
-            async with Learner.joined_by(engine, 1, bench.backend) as learner:
-                with pytest.raises((ValueError, EngineError), match=name):
-                    await learner.broadcast(engine, wrong, NEW)
+        engine = bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)
+        async with serving(engine), Learner.joined_by(engine, backend=bench.backend) as learner:
+            with pytest.raises(ValueError, match=name):
+                await engine.check_weights(learner.manifest(wrong))
             kept = await engine.generate(ask(prompt(4), 8))
-            async with Learner.joined_by(engine, 2, bench.backend) as learner:
-                await learner.broadcast(engine, right, NEW)
+            await learner.broadcast(engine, right, NEW)
             renewed = await engine.generate(ask(prompt(4), 8))
         for checkpoint, weights, answer in ((checkpoints(), OLD, kept), (checkpoints(seed=1), NEW, renewed)):
             close_to(bench, answer.logprobs, answer_logprobs(load_model(checkpoint), prompt(4), answer.output_ids))

@@ -12,7 +12,7 @@ from slime_async.actors import single_turn
 from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.worker import Worker
-from slime_async.protocol import Finish, Ok, PrepareWeights, Relay, ResumeEngine
+from slime_async.protocol import Finish, Ok, PrepareWeights, Relay, ResumeEngine, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.errors import RemoteError
 from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedProcess, says
@@ -74,7 +74,10 @@ def test_a_trajectory_that_the_hub_refuses_is_reported_as_failed_and_the_worker_
 def test_commands_for_an_engine_that_it_does_not_hold_are_refused() -> None:
     async def test(hub: Stage, learner: Learner, engine: ScriptedProcess, worker: asyncio.Task[None]) -> None:
         await learner.members(1)
-        assert await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1)), WAIT_S)) == Ok()
+        assert (
+            await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1), WeightManifest(())), WAIT_S))
+            == Ok()
+        )
         with pytest.raises(RemoteError, match="actor w holds scripted, not other"):
             await learner.call(Relay("w", ResumeEngine("other"), WAIT_S))
 
