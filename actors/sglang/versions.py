@@ -56,7 +56,7 @@ def features_of(version: str) -> Features:
     """Raises ``ConfigError`` for a release that is too old or no release; warns of one that is newer than tested."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
-        raise EngineError(
+        raise ConfigError(
             f"SGLang calls its version {version!r}: install a release, {_text(OLDEST)} to {_text(NEWEST)}"
         )
     release = (int(match[1]), int(match[2]), int(match[3]))

@@ -20,7 +20,7 @@ from tests.contract.reference import Bench
 from tests.contract.servers import Servers, sglang_bench
 from tests.learner.tiny_checkpoints import write_checkpoint
 
-SGLANG_DEADLINE_S = 300.0
+SGLANG_DEADLINE_S = 600.0
 """Of one test: on a busy machine, two cores carry a server of three processes beside the test"""
 MAX_POSITIONS = 8192
 """Room for an answer that outlasts any wait of a test; no weight's shape depends on it"""
