@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import VersionSpan, WeightId
 
 BusySpan = Callable[[int, int], None]
@@ -159,8 +159,10 @@ class Engine(Protocol):
     async def check_weights(self, manifest: WeightManifest) -> None:
         """Raises ``ValueError`` for weights of another model: asked before anybody sends, when it costs nothing yet."""
 
-    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
-        """Take part in one broadcast and use its weights from the next sampled token on."""
+    async def receive_weights(
+        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+    ) -> None:
+        """Take part in one broadcast, or take what is ``shared``; use it from the next sampled token on."""
 
     async def status(self) -> EngineStatus:
         """Raises ``EngineError`` when the engine died. Costs nothing."""

@@ -217,7 +217,7 @@ async def _obey(command: EngineCommand, engine: Engine) -> Message:
         case PauseEngine():
             await engine.pause(PauseMode(command.mode))
         case ReceiveWeights():
-            await engine.receive_weights(command.manifest, command.weights)
+            await engine.receive_weights(command.manifest, command.weights, command.shared)
             return Received(engine.in_flight_at_update)
         case ResumeEngine():
             await engine.resume()

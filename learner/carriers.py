@@ -12,11 +12,12 @@ from slime_async.config.schema import WeightsConfig
 from slime_async.learner.commands import Call, EngineCommands
 from slime_async.learner.snapshots import Snapshot
 from slime_async.protocol import EngineInfo, JoinWeightGroup, Message, ReceiveWeights
+from slime_async.transport.shared_tensors import share_tensor
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError, host_group
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["gloo", "nccl"]
+Backend = Literal["gloo", "nccl", "ipc"]
 
 
 class Carrier(Protocol):
@@ -35,10 +36,12 @@ class Carrier(Protocol):
 class GroupCarrier:
     """One broadcast per tensor over a process group of the learner and all engine ranks."""
 
-    def __init__(self, commands: EngineCommands, config: WeightsConfig, backend: Backend, address: str) -> None:
+    def __init__(
+        self, commands: EngineCommands, config: WeightsConfig, backend: Literal["gloo", "nccl"], address: str
+    ) -> None:
         self._commands = commands
         self._config = config
-        self._backend: Backend = backend
+        self._backend: Literal["gloo", "nccl"] = backend
         self._address = address
         self._name = f"weights-{secrets.token_hex(4)}"  # servers outlive learners, and know groups by name
         self._group: WeightGroup | None = None
@@ -90,5 +93,36 @@ class GroupCarrier:
             raise WeightGroupError(f"{error}; the engines say: {answers}") from error
 
 
+class MemoryCarrier:
+    """Handles to the snapshot's own buffers, which engines on the same device copy from."""
+
+    def __init__(self, commands: EngineCommands, config: WeightsConfig) -> None:
+        self._commands = commands
+        self._config = config
+
+    def connect(self, engines: tuple[EngineInfo, ...]) -> None:
+        """Raises ``ValueError`` for engines that are spread over devices: one of them is the learner's at most."""
+        for engine in engines:
+            if engine.num_ranks != 1:
+                raise ValueError(
+                    f"weights.backend = 'ipc' reaches engines on the learner's own device, but {engine.engine_id} has "
+                    f"{engine.num_ranks} ranks: use nccl, with devices of their own"
+                )
+
+    def send(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Message]:
+        snapshot.wait_filled(self._config.timeout_s)
+
+        def command(engine: EngineInfo) -> ReceiveWeights:
+            shared = tuple(share_tensor(tensor) for tensor in snapshot.tensors)  # a handle is opened once
+            return ReceiveWeights(engine.engine_id, snapshot.manifest, snapshot.weights, shared)
+
+        return self._commands.finish(self._commands.begin_all(engines, command))
+
+    def close(self) -> None:
+        """There is nothing to leave."""
+
+
 def make_carrier(commands: EngineCommands, config: WeightsConfig, backend: Backend, address: str) -> Carrier:
+    if backend == "ipc":
+        return MemoryCarrier(commands, config)
     return GroupCarrier(commands, config, backend, address)

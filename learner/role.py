@@ -10,12 +10,12 @@ import os
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from slime_async.config import Config
+from slime_async.learner.carriers import Backend
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
 from slime_async.learner.loop import SilentOutlet, train
 from slime_async.learner.publisher import Publisher
@@ -209,7 +209,7 @@ class Learner:
             log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
 
 
-def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:
+def weight_backend(config: Config, trainer: Trainer) -> Backend:
     """As configured; ``auto`` follows the device of the learner's weights."""
     if config.weights.backend != "auto":
         return config.weights.backend

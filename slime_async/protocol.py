@@ -310,6 +310,38 @@ class WeightManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaMemory:
+    """A CUDA allocation as other processes can open it; the fields are torch's own."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    ref_counter: bytes
+    ref_counter_offset: int
+    event: bytes
+    event_sync_required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """A shared memory object by name; the fields are torch's own."""
+
+    manager: bytes
+    handle: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor in memory that processes of one machine share; its name, dtype and shape are in a manifest."""
+
+    offset: int
+    """In elements"""
+    memory: CudaMemory | HostMemory
+
+
+@dataclass(frozen=True, slots=True)
 class Membership(Message):
     engines: tuple[EngineInfo, ...]
 
@@ -347,6 +379,8 @@ class ReceiveWeights(Message):
     engine_id: str
     manifest: WeightManifest
     weights: WeightId
+    shared: tuple[SharedTensor, ...] = ()
+    """Where the tensors lie, in the manifest's order; empty when they are broadcast"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from slime_async.actors.embedded.checkpoint import read_config, read_tensors
 from slime_async.actors.embedded.decoder import Decoder
@@ -31,8 +32,9 @@ from slime_async.actors.engine import (
     PauseMode,
     check_request,
 )
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
+from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.threads import in_daemon_thread
 from slime_async.transport.weight_group import WeightGroup
 
@@ -147,24 +149,33 @@ class EmbeddedEngine:
     async def check_weights(self, manifest: WeightManifest) -> None:
         self._decoder.check_shapes({tensor.name: tensor.shape for tensor in manifest.tensors})
 
-    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
+    async def receive_weights(
+        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+    ) -> None:
         self._check_alive()
-        group = self._group
-        if group is None:
-            raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
-        receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
-        try:
-            tensors = await asyncio.wrap_future(receiving)
-        except asyncio.CancelledError:
-            self._group = None
-            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
-            raise
+        if shared:
+            opened = ((spec.name, open_tensor(spec, one)) for spec, one in zip(manifest.tensors, shared, strict=True))
+            tensors = dict(opened)
+        else:
+            tensors = await self._receive_broadcast(manifest)
 
         def use() -> None:
             self.in_flight_at_update = self._scheduler.running
             self._scheduler.use_weights(tensors.items(), weights)
 
         await self._command(use)
+
+    async def _receive_broadcast(self, manifest: WeightManifest) -> dict[str, Tensor]:
+        group = self._group
+        if group is None:
+            raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
+        receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
+        try:
+            return await asyncio.wrap_future(receiving)
+        except asyncio.CancelledError:
+            self._group = None
+            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
+            raise
 
     async def status(self) -> EngineStatus:
         self._check_alive()

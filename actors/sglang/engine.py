@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from slime_async.actors.sglang.model import ModelFacts
 from slime_async.actors.sglang.server import POLL_S, LaunchSpec, ServerProcess
 from slime_async.actors.sglang.updates import CONTROL_TIMEOUT_S, ServerStuck, WeightUpdates
 from slime_async.actors.sglang.versions import Features, cache_key, features_of, weight_label
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 
 log = logging.getLogger(__name__)
@@ -326,9 +326,14 @@ class SGLangEngine:
     async def check_weights(self, manifest: WeightManifest) -> None:
         self._model.check_manifest(manifest)
 
-    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
+    async def receive_weights(
+        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+    ) -> None:
         updates = self._check_updates()
-        await self._use(weights, lambda label, flush: updates.broadcast(manifest, label, flush=flush))
+        if shared:
+            await self._use(weights, lambda label, flush: updates.open_shared(manifest, shared, label, flush=flush))
+        else:
+            await self._use(weights, lambda label, flush: updates.broadcast(manifest, label, flush=flush))
 
     async def _use(self, weights: WeightId, update: Callable[[str, bool], Awaitable[None]]) -> None:
         """Replace the weights by what ``update`` brings. Where it fails, the engine is left without any."""

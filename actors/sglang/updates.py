@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import pickle
+from collections.abc import Sequence
 from typing import Any
 
 from slime_async.actors.engine import EngineError
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient
 from slime_async.actors.sglang.versions import Features
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
+from slime_async.transport.shared_tensors import reduction
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +21,10 @@ CONTROL_TIMEOUT_S = 30.0
 """For calls that the server answers between two steps"""
 LEAVE_TIMEOUT_S = 5.0
 """For leaving a group that may be broken"""
+
+
+OPEN_TIMEOUT_S = 120.0
+"""For copying weights out of shared memory, on the CPU too"""
 
 
 class ServerStuck(EngineError):
@@ -72,6 +80,18 @@ class WeightUpdates:
             "group_name": self._group,
         }
         await self._update("/update_weights_from_distributed", body, label, flush=flush, timeout_s=self._timeout_s)
+
+    async def open_shared(
+        self, manifest: WeightManifest, shared: Sequence[SharedTensor], label: str, *, flush: bool
+    ) -> None:
+        """Take tensors out of memory that the learner shares with this machine's processes.
+
+        SGLang wants them as torch pickles them between processes: a list of (name, tensor), in base64.
+        """
+        named = [(spec.name, reduction(spec, tensor)) for spec, tensor in zip(manifest.tensors, shared, strict=True)]
+        text = base64.b64encode(pickle.dumps(named)).decode()
+        body = {"serialized_named_tensors": [text]}
+        await self._update("/update_weights_from_tensor", body, label, flush=flush, timeout_s=OPEN_TIMEOUT_S)
 
     async def _update(self, path: str, body: dict[str, Any], label: str, *, flush: bool, timeout_s: float) -> None:
         body |= {"weight_version": label, "flush_cache": flush, "abort_all_requests": False}

@@ -161,8 +161,9 @@ class WeightsConfig(Section):
     """While requests run, or only between batches (one-step-off)"""
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     """What happens to requests in flight: keep their KV cache, recompute it, or resubmit them"""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Of the broadcast; auto takes nccl where learner and engines have GPUs"""
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """What carries them: a broadcast over gloo or nccl (auto: as the learner's device wants it), or ipc, through memory
+    that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from slime_async.actors.engine import Engine, EngineError, GenerateRequest, Generation, PauseMode
+from slime_async.learner.snapshots import WeightBuffers
 from slime_async.trajectory import VersionSpan
+from slime_async.transport.shared_tensors import share_tensor
 from tests.contract.reference import (
     NEW,
     OLD,
@@ -460,6 +462,33 @@ def test_weights_of_another_model_are_refused_by_name_before_anybody_sends_them(
         for checkpoint, weights, answer in ((checkpoints(), OLD, kept), (checkpoints(seed=1), NEW, renewed)):
             close_to(bench, answer.logprobs, answer_logprobs(load_model(checkpoint), prompt(4), answer.output_ids))
             assert answer.spans == (VersionSpan(0, weights),)
+
+    run(test())
+
+
+def test_weights_can_be_taken_out_of_the_learners_memory_instead_of_a_broadcast(
+    bench: Bench, checkpoints: Checkpoints
+) -> None:
+    device = bench.device if bench.device == "cpu" else "cuda:0"  # the engine's own
+    buffers = WeightBuffers.allocate(
+        Learner.manifest(tensors_of(checkpoints(seed=1))), torch.device(device), bucket_bytes=4096
+    )
+
+    async def test() -> None:
+        async with serving(bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)) as engine:
+            for seed, version in ((1, 4), (0, 5), (1, 6)):  # the buffers are used again and again
+                tensors = tensors_of(checkpoints(seed=seed), device)
+                for buffer, tensor in zip(buffers.tensors, tensors.values(), strict=True):
+                    buffer.copy_(tensor)
+                weights = NEW._replace(version=version)
+                await engine.pause(PauseMode.IN_PLACE)
+                shared = [share_tensor(buffer) for buffer in buffers.tensors]
+                await engine.receive_weights(Learner.manifest(tensors), weights, shared)
+                await engine.resume()
+                answer = await engine.generate(ask(prompt(4), 8))
+                expected = answer_logprobs(load_model(checkpoints(seed=seed)), prompt(4), answer.output_ids)
+                close_to(bench, answer.logprobs, expected)
+                assert answer.spans == (VersionSpan(0, weights),)
 
     run(test())
 

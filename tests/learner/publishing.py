@@ -19,6 +19,7 @@ from weight_engine import WeightEngine
 
 from slime_async.config import Config
 from slime_async.config.schema import WeightsConfig
+from slime_async.learner.carriers import Backend
 from slime_async.learner.publisher import Publisher, Snapshot
 from slime_async.protocol import Batch, Commit, Hello, Lease, Membership, Message, Ok, TensorSpec, WeightManifest
 from slime_async.telemetry.spans import SpanRecorder
@@ -81,13 +82,13 @@ class HubThread:
 class Learner:
     """A connection that can lease and commit, and its publisher."""
 
-    def __init__(self, hub: Hub, weights: WeightsConfig, spans: Path) -> None:
+    def __init__(self, hub: Hub, weights: WeightsConfig, spans: Path, backend: Backend) -> None:
         self.publisher: Publisher | None = None
         self.membership: Membership | None = None
         hello = Hello("learner", "learner", incarnation=1)
         self.client = BlockingClient.connect(hub.address, hello, handler=self._handle)
         self._recorder = SpanRecorder(spans, "learner")
-        self.publisher = Publisher(self.client, weights, "gloo", self._recorder)
+        self.publisher = Publisher(self.client, weights, backend, self._recorder)
         self.publisher.set_engines(self.membership.engines if self.membership else self.client.welcome.engines)
 
     async def _handle(self, message: Message) -> None:
@@ -133,9 +134,13 @@ MakeLearner = Callable[..., Learner]
 def make_learner(hub: HubThread, tmp_path: Path) -> Iterator[MakeLearner]:
     made: list[Learner] = []
 
-    def make(publish: Literal["in_flight", "batch_boundary"] = "in_flight", timeout_s: float = 10.0) -> Learner:
+    def make(
+        publish: Literal["in_flight", "batch_boundary"] = "in_flight",
+        timeout_s: float = 10.0,
+        backend: Backend = "gloo",
+    ) -> Learner:
         weights = WeightsConfig(publish=publish, timeout_s=timeout_s)
-        made.append(Learner(hub.hub, weights, tmp_path / "spans.jsonl"))
+        made.append(Learner(hub.hub, weights, tmp_path / "spans.jsonl", backend))
         return made[-1]
 
     yield make

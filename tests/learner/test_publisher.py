@@ -103,3 +103,24 @@ def test_a_publication_that_cannot_succeed_fails_and_says_what_the_engine_said(
         learner.publisher.check()
     with pytest.raises(PublishError, match="the publisher failed"):
         learner.publisher.publish(snapshot(1), DEADLINE_S)
+
+
+def test_engines_beside_the_learner_take_weights_out_of_its_memory(hub: HubThread, make_learner: MakeLearner) -> None:
+    engines = [hub.engine("a"), hub.engine("b")]
+    learner = make_learner(backend="ipc")
+    learner.wait_for_engines(2)
+    for version in range(3):
+        learner.publish(version)
+        for engine in engines:
+            check_holds(engine, version)
+        learner.train(version)
+    assert "JoinWeightGroup" not in engines[0].heard
+
+
+def test_an_engine_on_several_devices_cannot_share_the_learners_memory(
+    hub: HubThread, make_learner: MakeLearner
+) -> None:
+    hub.engine("wide", ranks=2)
+    learner = make_learner(backend="ipc")
+    with pytest.raises(PublishError, match="wide/engine has 2 ranks: use nccl"):
+        learner.publish(0)

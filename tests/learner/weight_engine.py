@@ -31,6 +31,7 @@ from slime_async.protocol import (
 )
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
+from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.weight_group import WeightGroup
 from tests.transport.examples import make_trajectory
 
@@ -49,7 +50,10 @@ class WeightEngine:
 
     client: HubClient
 
-    def __init__(self, name: str, *, refusals: int = 0, refused: str = "ReceiveWeights", halt: str = "") -> None:
+    def __init__(
+        self, name: str, *, refusals: int = 0, refused: str = "ReceiveWeights", halt: str = "", ranks: int = 1
+    ) -> None:
+        self._ranks = ranks
         self.name = name
         self.engine_id = f"{name}/engine"
         self._refusals, self._refused, self._halt = refusals, refused, halt
@@ -67,7 +71,7 @@ class WeightEngine:
 
     @property
     def _info(self) -> EngineInfo:
-        return EngineInfo(self.engine_id, self.name, 1)
+        return EngineInfo(self.engine_id, self.name, self._ranks)
 
     async def holds(self, version: int) -> None:
         while self.weights is None or self.weights.version < version:
@@ -106,11 +110,16 @@ class WeightEngine:
         return Ok()
 
     async def _receive(self, message: ReceiveWeights) -> Received:
-        assert self._group is not None
         if self._halt == "half":
+            assert self._group is not None
             await asyncio.to_thread(self._group.receive, WeightManifest(message.manifest.tensors[:1]))
         await self._maybe_halt("half")
-        self.tensors = await asyncio.to_thread(self._group.receive, message.manifest)
+        if message.shared:
+            pairs = zip(message.manifest.tensors, message.shared, strict=True)
+            self.tensors = {spec.name: open_tensor(spec, shared).clone() for spec, shared in pairs}
+        else:
+            assert self._group is not None
+            self.tensors = await asyncio.to_thread(self._group.receive, message.manifest)
         await self._maybe_halt("taken")
         self.weights = message.weights
         self.changed.set()
