@@ -143,7 +143,7 @@ def test_a_server_that_cannot_start_says_why(bench: Bench, checkpoints: Checkpoi
     async def test() -> None:
         ward = Ward(checkpoints(), tmp_path, bench)
         ward._options["attention_backend"] = "none_such"
-        with pytest.raises(EngineError, match=r"engine a/0 could not start: its server ended .*none_such"):
+        with pytest.raises(EngineError, match=r"(?s)engine a/0 could not start: its server ended .*none_such"):
             await ward.make("a/0").start()
 
     run(test())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,12 @@ from slime_async.actors.sglang.versions import (
     parse_label,
     weight_label,
 )
-from slime_async.config import Config, ConfigError
+from slime_async.cli.roles import actor_devices
+from slime_async.config import Config, ConfigError, load_config
+from slime_async.demo.model import LARGE, _shapes, make_config
 from slime_async.trajectory import VersionSpan, WeightId
 
+ROOT = Path(__file__).parents[2]
 V3, V4, V5 = (WeightId(1, version) for version in (3, 4, 5))
 NEVER: frozenset[WeightId] = frozenset()
 
@@ -168,3 +172,20 @@ def test_each_actor_has_to_have_enough_devices() -> None:
     )
     with pytest.raises(ConfigError, match=r"devices = \[0\] are too few.*shared by actor\.count = 2 actors"):
         check_engines(config)
+
+
+def test_every_actor_of_a_launch_is_told_its_own_devices() -> None:
+    config = Config.model_validate({"actor": {"engine": "sglang", "count": 2, "devices": [4, 5, 6, 7]}})
+    assert actor_devices(config, "actor-0") == (4, 5)
+    assert actor_devices(config, "actor-1.3") == (6, 7)  # in a later life
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {("actor", "devices"): [0], ("weights", "backend"): "ipc"}], ids=["two-gpus", "one-gpu"]
+)
+def test_the_gpu_example_is_sound(flags: dict[tuple[str, ...], object]) -> None:
+    config = load_config(ROOT / "examples" / "gpu.toml", flags)
+    assert config.staleness.max_staleness == 2
+    check_engines(config)
+    shape = make_config(LARGE)
+    assert sum(math.prod(size) for _, size in _shapes(shape)) > 100e6
