@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from contextlib import closing
 from pathlib import Path
@@ -127,6 +128,7 @@ class Learner:
 
     def __init__(self, config: Config, hub_address: str, run_directory: Path) -> None:
         self._config = config
+        self._hub_address = hub_address
         self._run_directory = run_directory
         self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner")
         self._events = EventLog(run_directory / "events.jsonl")
@@ -140,7 +142,11 @@ class Learner:
             self._client.set_report({"phase": "starting"})
             trainer = Trainer.build(self._config, Path(self._config.model.path))
             self._publisher = Publisher(
-                self._client, self._config.weights, weight_backend(self._config, trainer), self._recorder
+                self._client,
+                self._config.weights,
+                weight_backend(self._config, trainer),
+                self._recorder,
+                own_address(self._hub_address),
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
@@ -214,6 +220,16 @@ def weight_backend(config: Config, trainer: Trainer) -> Backend:
     if config.weights.backend != "auto":
         return config.weights.backend
     return "nccl" if trainer.device.type == "cuda" else "gloo"
+
+
+def own_address(hub_address: str) -> str:
+    """The address of this machine on the way to the hub, where engines beside the hub can reach it as well."""
+    host, _, port = hub_address.removeprefix("tcp://").rpartition(":")
+    family, kind, *_, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(peer)  # sends nothing: the kernel chooses a route
+        address: str = probe.getsockname()[0]
+    return address
 
 
 def follow(config: Config, run_directory: Path) -> None:
