@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import aiohttp
 from slime_async.actors.engine import EngineError, GenerateRequest
 
 CONNECT_TIMEOUT_S = 10.0
+HTTP_OK, HTTP_NOT_FOUND = 200, 404
 EVENT_BYTES = 64 << 20
 """The longest streamed event; a whole answer of 128k tokens takes 8 MB"""
 
@@ -36,11 +37,17 @@ class Chunk:
 class SGLangClient:
     """One server by URL. Every failure is an ``EngineError`` that names the server, the path and the cause."""
 
-    def __init__(self, url: str, name: str, *, api_key: str = "", admin_key: str = "") -> None:
-        """With both keys, SGLang wants the first for answers and the second for control; with one, that for all."""
+    def __init__(
+        self, url: str, name: str, *, api_key: str = "", admin_key: str = "", ready_paths: Sequence[str] = ("/ready",)
+    ) -> None:
+        """With both keys, SGLang wants the first for answers and the second for control; with one, that for all.
+
+        The first of ``ready_paths`` that the server knows is asked whether it is ready.
+        """
         self.url = url.rstrip("/")
         self._name = name
         self._api_key, self._admin_key = api_key or admin_key, admin_key or api_key
+        self._ready_paths = list(ready_paths)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # as many answers at once as the engine takes
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -51,8 +58,11 @@ class SGLangClient:
 
     async def ready(self, timeout_s: float) -> bool:
         """Whether the server takes requests; False also while it is paused. Raises when it does not answer."""
-        async with self._call("GET", "/ready", None, timeout_s) as response:
-            return response.status == 200
+        while True:
+            async with self._call("GET", self._ready_paths[0], None, timeout_s) as response:
+                if response.status != HTTP_NOT_FOUND or len(self._ready_paths) == 1:
+                    return response.status == HTTP_OK
+            self._ready_paths.pop(0)
 
     async def server_info(self, timeout_s: float) -> dict[str, Any]:
         """The server's arguments, its version among them."""
@@ -104,7 +114,7 @@ class SGLangClient:
         return reply if isinstance(reply, dict) else {"value": reply}
 
     async def _check(self, response: aiohttp.ClientResponse, path: str) -> None:
-        if response.status != 200:
+        if response.status != HTTP_OK:
             text = await response.text()
             raise EngineRefused(f"{self._name}: {path}: HTTP {response.status}: {_message(text)}")
 

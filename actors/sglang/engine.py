@@ -37,7 +37,14 @@ from slime_async.actors.sglang.client import EngineRefused, SGLangClient, genera
 from slime_async.actors.sglang.model import ModelFacts
 from slime_async.actors.sglang.server import POLL_S, LaunchSpec, ServerProcess
 from slime_async.actors.sglang.updates import CONTROL_TIMEOUT_S, ServerStuck, WeightUpdates
-from slime_async.actors.sglang.versions import Features, cache_key, features_of, weight_label
+from slime_async.actors.sglang.versions import (
+    READY_PATHS_EXTERNAL,
+    READY_PATHS_OWN,
+    Features,
+    cache_key,
+    features_of,
+    weight_label,
+)
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 
@@ -116,11 +123,11 @@ class SGLangEngine:
         if self._weights is not None:
             read_shapes(self._model.checkpoint)  # what is missing is said here in a word, by the server in a page
         if self._launch is None:
-            client = self._client = SGLangClient(self._url, self._name, **self._keys)
+            client = self._client = SGLangClient(self._url, self._name, ready_paths=READY_PATHS_EXTERNAL, **self._keys)
             await self._find(client)
         else:
             server = self._server = await ServerProcess.launch(self._launch)
-            client = self._client = SGLangClient(server.url, self._name, **self._keys)
+            client = self._client = SGLangClient(server.url, self._name, ready_paths=READY_PATHS_OWN, **self._keys)
             await server.wait_ready(lambda: client.ready(HEALTH_TIMEOUT_S), self._startup_timeout_s)
         info = await client.server_info(CONTROL_TIMEOUT_S)
         self._features = features_of(str(info.get("version")))

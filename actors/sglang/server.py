@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slime_async.actors.engine import EngineError
+from slime_async.actors.sglang.versions import OWN_ENVIRONMENT
 from slime_async.guard import guarded
 from slime_async.logs import log_tail
 
@@ -55,7 +56,7 @@ class ServerProcess:
         """Start it. Call this from a thread that lives as long as the server shall."""
         port = free_port()
         command = [*spec.command, *spec.arguments, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {**os.environ, **spec.environment}
+        environment = {**os.environ, **OWN_ENVIRONMENT, **spec.environment}
         if spec.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
         spec.log.parent.mkdir(parents=True, exist_ok=True)

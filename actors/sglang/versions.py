@@ -4,7 +4,7 @@
 release  what changed
 =======  ==========================================================================================
 0.5.16   the oldest supported
-0.5.20   ``meta_info.weight_versions``: which output tokens came from which weights
+0.5.20   ``meta_info.weight_versions``: which output tokens came from which weights; ``/ready``
 0.5.21   updates need ``/begin_weight_update`` … ``/end_weight_update``; the cache can be flushed while requests are
          retracted (before, that ends the engine)
 0.5.23   the newest tested
@@ -27,6 +27,12 @@ from slime_async.config.errors import ConfigError
 from slime_async.trajectory import VersionSpan, WeightId
 
 log = logging.getLogger(__name__)
+
+READY_PATHS_OWN = ("/ready", "/health")
+"""Of a server that was started with ``OWN_ENVIRONMENT``"""
+READY_PATHS_EXTERNAL = ("/ready", "/model_info")
+"""Of any other, whose ``/health`` may generate a token, and take 20 s for it while it is paused"""
+OWN_ENVIRONMENT = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
 
 OLDEST = (0, 5, 16)
 NEWEST = (0, 5, 23)

@@ -22,7 +22,7 @@ from slime_async.actors.engine import Engine
 from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.engine import SGLangEngine
 from slime_async.actors.sglang.server import free_port
-from slime_async.actors.sglang.versions import features_of, installed_version, weight_label
+from slime_async.actors.sglang.versions import OWN_ENVIRONMENT, features_of, installed_version, weight_label
 from slime_async.guard import guarded
 from slime_async.logs import log_tail
 from slime_async.trajectory import WeightId
@@ -67,7 +67,7 @@ class Server:
         options |= {} if overlap else {"disable_overlap_schedule": True}
         arguments = server_arguments(checkpoint, CONTEXT, options, OLD)
         command = [sys.executable, "-m", "sglang.launch_server", *arguments, "--port", str(port)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **OWN_ENVIRONMENT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = "0"
         with log.open("ab") as output:
@@ -86,7 +86,7 @@ class Server:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(self.url + "/ready", timeout=5.0) as response:
+            with urllib.request.urlopen(self.url + "/health", timeout=5.0) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -278,6 +278,21 @@ def test_a_server_that_is_not_ready_without_a_pause_is_ill(checkpoint: Path) -> 
     run(test())
 
 
+def test_an_older_server_without_ready_is_asked_otherwise(checkpoint: Path) -> None:
+    async def unknown(_: web.Request) -> web.StreamResponse:
+        raise web.HTTPNotFound
+
+    async def test() -> None:
+        async with serving(checkpoint, version="0.5.16") as (server, engine):
+            server.answers["/ready"] = unknown
+            server.calls.clear()
+            await engine.check_health()
+            await engine.check_health()
+            assert [path for path, _ in server.calls] == ["/ready", "/model_info", "/model_info"]
+
+    run(test())
+
+
 def test_a_server_that_samples_nothing_is_ill(checkpoint: Path) -> None:
     async def silent(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
