@@ -85,7 +85,7 @@ class TaskConfig(Section):
     overlong_penalty: float = Field(1.0, ge=0)
     """What an episode loses that used the whole limit; linear from 0 over ``overlong_tokens``"""
     processes: PositiveInt = 1
-    """Worker processes per actor for slow functions and environments (``workers`` of an episode's task), started when used"""
+    """Worker processes per actor for slow functions and environments; see docs/tasks.md"""
     isolate_reward: bool = False
     """Call ``reward`` in a worker process: needed where it takes milliseconds, or may never return"""
     process_memory_bytes: PositiveInt = 2 << 30
