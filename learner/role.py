@@ -216,7 +216,9 @@ class Learner:
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
-            self._evaluations = ScheduledEvaluations(self._config, self._client, self._events)
+            self._evaluations = ScheduledEvaluations(
+                self._config, self._client, self._events, start=self._start.version
+            )
             self._outlet = HubOutlet(
                 self._config,
                 self._client,

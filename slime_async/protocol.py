@@ -177,6 +177,8 @@ class Failed(Message):
     attempt: int
     reason: str
     evaluation: str = ""
+    kind: str = ""
+    """What it is counted as: the exception's class, with its own reason where it carries one"""
 
 
 # --------------------------------------------------------------------------------------------------- learner
@@ -206,6 +208,8 @@ class Batch(Message):
     """Groups dropped for equal rewards, or by ``task.filter``, since the batch before"""
     tokens_filtered: int = 0
     """Sampled in them"""
+    episodes_failed: dict[str, int] = field(default_factory=dict)
+    """By what they are counted as, since the batch before; each was granted again, or its group dropped"""
 
 
 @dataclass(frozen=True, slots=True)

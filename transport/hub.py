@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ Result = TypeVar("Result")
 class Judge(Protocol):
     """What the configuration's ``task.group_reward`` and ``task.filter`` say of whole groups."""
 
+    async def prepare(self) -> None:
+        """Load what it needs, beside the run's start. What it raises ends the run."""
+
     async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
         """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
 
@@ -128,6 +132,8 @@ class Hub:
         self._learner: str | None = None
         self._told = self._queue.left_out
         """When the last batch was leased: batches carry the differences"""
+        self._failed: Counter[str] = Counter()
+        """Training episodes since then, by what failures are counted as"""
         assert judge is not None or not self._queue.limits.judge_groups
         self._judge = judge
         self._judging: dict[int, asyncio.Task[None]] = {}
@@ -168,9 +174,13 @@ class Hub:
         sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
         running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, storing, finishing, returning}
+        if self._judge is not None:
+            running.add(preparing := asyncio.create_task(self._judge.prepare(), name="prepare the judge"))
+            preparing.add_done_callback(self._surface)
         try:
-            await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching, telling, sampling, storing):
+            endless = (serving, watching, telling, sampling, storing)
+            await asyncio.wait((*endless, finishing), return_when=asyncio.FIRST_COMPLETED)
+            for task in endless:
                 if task.done():
                     await task
             if self._failure is not None:
@@ -280,6 +290,7 @@ class Hub:
                 return self._deliver(peer, message)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
+                self._failed[message.kind or "unknown"] += not message.evaluation
             case Lease():
                 return await self._lease(message)
             case Commit():
@@ -337,7 +348,9 @@ class Hub:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
         left_out, before = self._queue.left_out, self._told
+        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
         self._told = left_out
+        self._failed.clear()
         return Batch(
             message.train_version,
             await self._store.get(leased.keys),
@@ -345,6 +358,7 @@ class Hub:
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
+            episodes_failed=failed,
         )
 
     async def _relay(self, message: Relay) -> Message:
@@ -412,7 +426,7 @@ class Hub:
                 self._judging[serial].add_done_callback(self._surface)
 
     def _surface(self, judging: asyncio.Task[None]) -> None:
-        """What is no fault of the user's functions, such as a journal that cannot be read, ends the run."""
+        """What no single group is to blame for (functions that cannot be loaded, a damaged journal) ends the run."""
         if not judging.cancelled() and (error := judging.exception()) is not None:
             self._fail(error)
 
@@ -427,6 +441,7 @@ class Hub:
         except Exception as error:  # user code may raise anything
             log.warning("the judge of group %d failed", serial, exc_info=error)
             self._judge_failures += 1
+            self._failed["judge"] += self._config.batch.group_size
             self._queue.give_up_group(serial, f"judge: {error}", self._clock())
             if self._judge_failures >= MAX_JUDGE_FAILURES:
                 self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
