@@ -104,6 +104,7 @@ class Worker:
             await self._pool.start()
             await self._serve(hub_address)
         finally:
+            await self._rollout.close()
             await self._pool.close()
 
     async def _serve(self, hub_address: str) -> None:
@@ -233,11 +234,11 @@ class Worker:
                 outcome = await self._rollout.run(reservation)
             with self._spans.deliveries.inside():
                 if isinstance(outcome, RolloutFailure):
-                    reason = outcome.reason
+                    reason, kind = outcome.reason, outcome.kind
                 else:
-                    reason = await self._deliver(outcome, reservation)
+                    reason, kind = await self._deliver(outcome, reservation), "delivery"
                 if reason:
-                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
+                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
 

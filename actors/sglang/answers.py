@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from slime_async.actors.engine import GenerateRequest, Generation, PauseMode
-from slime_async.actors.episode import merge_spans, shift_spans
 from slime_async.actors.sglang.client import Chunk
 from slime_async.actors.sglang.versions import ChunkStamps, exact_spans, reported_spans
+from slime_async.actors.turn import merge_spans, shift_spans
 from slime_async.trajectory import VersionSpan, WeightId
 
 

@@ -13,7 +13,7 @@ import torch
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import Engine, EngineError, SamplingParams
-from slime_async.actors.policy import EnginePolicy
+from slime_async.actors.policy import EnginePolicy, EpisodeLimits
 from slime_async.actors.pool import EnginePool
 from slime_async.protocol import EngineInfo
 from slime_async.trajectory import VersionSpan, WeightId
@@ -94,6 +94,29 @@ def test_requests_go_to_the_least_loaded_engine(checkpoints: Checkpoints) -> Non
     run(test())
 
 
+def test_a_request_can_be_aborted_in_its_engine_and_while_it_waits_for_one(checkpoints: Checkpoints) -> None:
+    async def test() -> None:
+        ward = Ward(checkpoints())
+        async with running(ward, 1) as pool:
+            request = ask(prompt(4), CONTEXT)
+            answer = asyncio.ensure_future(pool.generate(request))
+            while not (await pool.status()).generated_tokens:
+                await asyncio.sleep(0.001)
+            await pool.abort(request.request_id)
+            got = await answer
+            assert got.finish_reason == "abort"
+            assert got.output_ids
+            await pool.abort(request.request_id)  # it is answered: nothing happens
+
+            pool.member("a/0").has_weights = False
+            waiting = asyncio.ensure_future(pool.generate(request))
+            await asyncio.sleep(0)
+            await pool.abort(request.request_id)
+            assert (await waiting).output_ids == []
+
+    run(test())
+
+
 def test_an_episode_stays_on_its_engine_though_that_has_more_to_do(checkpoints: Checkpoints) -> None:
     async def test() -> None:
         ward = Ward(checkpoints())
@@ -120,7 +143,7 @@ def test_an_answer_whose_engine_dies_goes_on_elsewhere_with_its_tokens_and_versi
         async with running(ward, 2) as pool:
             async with Learner.joined_by(ward.engines["a/1"]) as learner:
                 await learner.broadcast(ward.engines["a/1"], tensors_of(checkpoints(seed=1)), NEW)
-            policy = EnginePolicy(pool, SamplingParams(60), seed=3, max_context_tokens=CONTEXT)
+            policy = EnginePolicy(pool, SamplingParams(60), EpisodeLimits(CONTEXT), seed=3)
             turn = asyncio.ensure_future(policy.sample(prompt(9)))
             victim = ward.engines["a/0"]
             await eventually(victim, lambda s: s.generated_tokens >= 12)
