@@ -66,6 +66,7 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
         max_context=config.sampling.max_context_tokens,
         startup_timeout_s=actor.startup_timeout_s,
         stall_timeout_s=actor.engine_stall_timeout_s,
+        buffer_bytes=config.weights.engine_buffer_bytes,
         api_key=str(keys.get("api_key", "")),
         admin_key=str(keys.get("admin_api_key", "")),
         on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),

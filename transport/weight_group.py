@@ -19,6 +19,7 @@ the next one. NCCL connects in the first broadcast, gloo while the group is form
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.transport.threads import in_daemon_thread
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,24 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no torch dtype: manifests say bfloat16, float32, …")
     return dtype
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Of the whole tensor's contents."""
+    return math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+
+
+def consecutive_parts(manifest: WeightManifest, limit_bytes: int) -> list[list[TensorSpec]]:
+    """The tensors in order, each part as large as the limit allows; one that is larger has a part for itself."""
+    parts: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in manifest.tensors:
+        if parts[-1] and size + tensor_bytes(spec) > limit_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(spec)
+        size += tensor_bytes(spec)
+    return parts
 
 
 def _connect(spec: WeightGroupSpec, rank: int) -> Any:

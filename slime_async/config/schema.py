@@ -201,6 +201,9 @@ class WeightsConfig(Section):
     that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+    engine_buffer_bytes: PositiveInt = 8 << 30
+    """An SGLang server holds weights that come in beside those it has: at most so many bytes at once, and what is
+    larger comes in several calls"""
 
     @property
     def command_timeout_s(self) -> float:

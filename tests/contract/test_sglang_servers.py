@@ -52,6 +52,7 @@ class Ward:
         self.engines: dict[str, SGLangEngine] = {}
         self._checkpoint, self._logs, self._weights = checkpoint, logs, weights
         self._options = {**(GPU if bench.backend == "nccl" else CPU), "max_running_requests": 4}
+        self._stall_timeout_s = 30.0 if bench.backend == "nccl" else 5.0  # kernels are compiled when first needed
         self._devices = (0,) if bench.backend == "nccl" else ()
 
     def make(self, engine_id: str) -> Engine:
@@ -66,7 +67,7 @@ class Ward:
             weights=weights,
             max_context=CONTEXT,
             startup_timeout_s=STARTUP_TIMEOUT_S,
-            stall_timeout_s=5.0,
+            stall_timeout_s=self._stall_timeout_s,
         )
         self.engines[engine_id] = engine
         return engine
