@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -240,8 +242,24 @@ def _connect(spec: WeightGroupSpec, rank: int) -> Any:
     if spec.backend == "gloo":
         return dist.ProcessGroupGloo(prefixed, rank, spec.world_size, left)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
+    options._timeout = 2 * timeout  # torch's watchdog only comes after our own deadline
+    with _peers_may_die():
+        return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
+
+
+@contextmanager
+def _peers_may_die() -> Iterator[None]:
+    """Groups that are made inside break when a peer dies or is late; torch's default ends the whole process."""
+    name, clean_up_only = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+    before = os.environ.get(name)
+    os.environ[name] = clean_up_only
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _outcome(future: Future[T], spec: WeightGroupSpec, rank: int, what: str, timeout_s: float) -> T:
