@@ -127,8 +127,8 @@ def _engines(config: Config) -> Iterator[str]:
             yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
     if actor.engine_urls and (idle := config.sglang.keys() - {"api_key", "admin_api_key"}):
         yield (
-            f"[sglang] sets {', '.join(sorted(idle))}, but the servers of actor.engine_urls are started elsewhere: give "
-            "it to them there; api_key and admin_api_key belong here"
+            f"[sglang] sets {', '.join(sorted(idle))}, but the servers of actor.engine_urls are started elsewhere: "
+            "give it to them there; api_key and admin_api_key belong here"
         )
     if actor.engine_urls and actor.count > 1:
         yield (
