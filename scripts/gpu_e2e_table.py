@@ -39,10 +39,9 @@ def rows(results: Path, out: Path) -> Iterator[tuple[str, str, str]]:
         for case in suite.iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
                 yield report.stem, "failed", str(case.get("name"))
-    benchmark = out / "weight_sync.json"
-    if benchmark.exists():
-        read = json.loads(benchmark.read_text())
-        yield from (("weights", name, f"{value:.4g}") for name, value in read["figures"].items())
+    for benchmark in sorted(out.glob("*.json")):
+        figures = json.loads(benchmark.read_text())["figures"]
+        yield from ((benchmark.stem, name, f"{value:.4g}") for name, value in figures.items())
     for summary in sorted(results.glob("*.json")):
         read = json.loads(summary.read_text())
         for name in RUN_FIELDS:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from benchmarks.chaos.servers import halting_learner, server_faults
+
 Install = Callable[[int], None]
 
 
@@ -124,6 +126,8 @@ POINTS: dict[str, Install] = {
     "actor_receive": actor_receive,
     "hub_delivery": hub_delivery,
     "hub_relay": hub_relay,
+    "server_faults": server_faults,
+    "halting_learner": halting_learner,
 }
 
 
