@@ -94,6 +94,7 @@ def resume(parsed: argparse.Namespace) -> int:
     config = resumed_config(directory, overrides(parsed))
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     with owned(directory):
         write_config(config, directory)
         return train(config, directory, plan_run(config, directory))
