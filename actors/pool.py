@@ -64,15 +64,6 @@ class Member:
         self.broken.set()
 
 
-@dataclass(eq=False)
-class Open:
-    """A request that was given to the pool and is not answered."""
-
-    engine: Engine | None = None
-    """None while it waits for one"""
-    aborted: bool = False
-
-
 class EnginePool:
     """Engines of one actor. Start it, then keep ``run`` running; use it from one event loop."""
 
@@ -93,8 +84,11 @@ class EnginePool:
         self._health_interval_s = health_interval_s
         self._max_restarts = max_restarts
         self._members = [Member(f"{actor}/{i}", make, make(f"{actor}/{i}")) for i, make in enumerate(makers)]
-        self._open: dict[str, Open] = {}
         self._sessions: OrderedDict[str, Member] = OrderedDict()
+        self._unrouted: set[str] = set()
+        """Requests for which no engine serves yet"""
+        self._routed: dict[str, Engine] = {}
+        """Who works on which request"""
         self._changed = asyncio.Condition()
         self._generated_before = 0
         self._started = False
@@ -195,18 +189,12 @@ class EnginePool:
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """As ``Engine.generate``; an engine that dies meanwhile gives an aborted answer with what it handed over."""
-        if request.request_id in self._open:
-            raise ValueError(f"request {request.request_id} runs already: ids must be unique (UUIDs)")
-        answer = self._open[request.request_id] = Open()
-        try:
-            member = await self._route(request.session, answer)
-            return Generation([], [], (), "abort") if member is None else await self._ask(member, request, answer)
-        finally:
-            del self._open[request.request_id]
-
-    async def _ask(self, member: Member, request: GenerateRequest, answer: Open) -> Generation:
-        engine = answer.engine = member.engine
+        member = await self._route(request)
+        if member is None:
+            return Generation([], [], (), "abort")
+        engine = member.engine
         member.outstanding += 1
+        self._routed[request.request_id] = engine
         try:
             return await engine.generate(request)
         except EngineError as error:
@@ -215,28 +203,33 @@ class EnginePool:
             return error.partial or Generation([], [], (), "abort")
         finally:
             member.outstanding -= 1
+            del self._routed[request.request_id]
 
     async def abort(self, request_id: str) -> None:
-        """As ``Engine.abort``, also for a request that waits for an engine; for an answered one it does nothing."""
-        answer = self._open.get(request_id)
-        if answer is None:
-            return
-        answer.aborted = True
-        if answer.engine is None:
+        """As ``Engine.abort``, also of a request for which no engine serves yet."""
+        if request_id in self._unrouted:
+            self._unrouted.remove(request_id)
             async with self._changed:
                 self._changed.notify_all()
-            return
-        try:
-            await answer.engine.abort(request_id)
-        except EngineError as error:  # its answer comes as aborted all the same
-            log.warning("request %s could not be aborted: %s", request_id, error)
+        elif engine := self._routed.get(request_id):
+            try:
+                await engine.abort(request_id)
+            except EngineError as error:  # one that died has ended the request already; its keeper sees to it
+                log.warning("request %s could not be taken back: %s", request_id, error)
 
-    async def _route(self, session: str | None, answer: Open) -> Member | None:
+    async def _route(self, request: GenerateRequest) -> Member | None:
         """The engine that holds this session's prefix, if it still serves; else the least loaded. None once aborted."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: answer.aborted or any(member.has_weights for member in self._members))
-        if answer.aborted:
-            return None
+        request_id, session = request.request_id, request.session
+        self._unrouted.add(request_id)
+        try:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: request_id not in self._unrouted or any(member.has_weights for member in self._members)
+                )
+            if request_id not in self._unrouted:
+                return None
+        finally:
+            self._unrouted.discard(request_id)
         member = self._sessions.get(session) if session is not None else None
         if member is None or not member.has_weights:
             serving = (member for member in self._members if member.has_weights)

@@ -94,29 +94,6 @@ def test_requests_go_to_the_least_loaded_engine(checkpoints: Checkpoints) -> Non
     run(test())
 
 
-def test_a_request_can_be_aborted_in_its_engine_and_while_it_waits_for_one(checkpoints: Checkpoints) -> None:
-    async def test() -> None:
-        ward = Ward(checkpoints())
-        async with running(ward, 1) as pool:
-            request = ask(prompt(4), CONTEXT)
-            answer = asyncio.ensure_future(pool.generate(request))
-            while not (await pool.status()).generated_tokens:
-                await asyncio.sleep(0.001)
-            await pool.abort(request.request_id)
-            got = await answer
-            assert got.finish_reason == "abort"
-            assert got.output_ids
-            await pool.abort(request.request_id)  # it is answered: nothing happens
-
-            pool.member("a/0").has_weights = False
-            waiting = asyncio.ensure_future(pool.generate(request))
-            await asyncio.sleep(0)
-            await pool.abort(request.request_id)
-            assert (await waiting).output_ids == []
-
-    run(test())
-
-
 def test_an_episode_stays_on_its_engine_though_that_has_more_to_do(checkpoints: Checkpoints) -> None:
     async def test() -> None:
         ward = Ward(checkpoints())
@@ -131,6 +108,31 @@ def test_an_episode_stays_on_its_engine_though_that_has_more_to_do(checkpoints: 
             assert (await other.status()).generated_tokens == 3
             for request in load:
                 request.cancel()
+
+    run(test())
+
+
+def test_a_request_is_taken_back_wherever_it_is(checkpoints: Checkpoints) -> None:
+    """From the engine that works on it, with its tokens; and while no engine serves, with none."""
+
+    async def test() -> None:
+        ward = Ward(checkpoints())
+        async with running(ward, 1) as pool:
+            request = ask(prompt(4), CONTEXT)
+            answering = asyncio.ensure_future(pool.generate(request))
+            await eventually(ward.engines["a/0"], lambda s: s.generated_tokens >= 3)
+            await pool.abort(request.request_id)
+            answer = await answering
+            assert answer.finish_reason == "abort"
+            assert len(answer.output_ids) >= 3
+            await pool.abort(request.request_id)  # over already: nothing happens
+            pool.restart("a/0", "a test")
+            await until(lambda: not pool.member(next(iter(pool.infos)).engine_id).has_weights if pool.infos else False)
+            waiting = asyncio.ensure_future(pool.generate(request))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await pool.abort(request.request_id)
+            assert (await waiting).output_ids == []
 
     run(test())
 
