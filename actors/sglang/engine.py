@@ -292,7 +292,8 @@ class SGLangEngine:
             try:
                 await self._abort_in_server(request_id)
             except EngineError as error:
-                log.warning("request %s was given up, but not taken back: %s", request_id, error)
+                if self._failure is None:  # else the server goes, and its requests with it
+                    log.warning("request %s was given up, but not taken back: %s", request_id, error)
 
         task = asyncio.create_task(abort(), name=f"abort {request_id}")
         self._background.add(task)
