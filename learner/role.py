@@ -117,7 +117,7 @@ class HubOutlet:
         if self._snapshots is None:
             self._snapshots = Snapshots(trainer.manifest(), trainer.device)
         snapshot = self._snapshots.begin(weights)
-        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        waited_s = self._publisher.publish(snapshot, publication_timeout_s(self._config))
         self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
         return waited_s
 
@@ -270,7 +270,7 @@ class Learner:
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
             self._evaluations.finish(config.evaluation.timeout_s)
-            self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
+            self._publisher.wait_published(config.run.steps, publication_timeout_s(config))
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
@@ -319,6 +319,11 @@ class Learner:
 def call_timeout_s(config: Config) -> float:
     """For calls that the hub answers at once, or once it was started again."""
     return CALL_TIMEOUT_S + config.hub.reconnect_s
+
+
+def publication_timeout_s(config: Config) -> float:
+    """For a publication to be over: several attempts, and a lone engine that died has to start again first."""
+    return config.weights.timeout_s * 4 + config.actor.startup_timeout_s
 
 
 def weight_backend(config: Config, trainer: Trainer) -> Backend:
