@@ -137,7 +137,7 @@ def encode_trajectory(trajectory: Trajectory | EncodedTrajectory) -> EncodedTraj
 
 def decode_trajectory(encoded: EncodedTrajectory, limits: Limits = DEFAULT_LIMITS) -> ReceivedTrajectory:
     """Raises ``BadMessage``; the arrays are views of ``encoded``."""
-    frames = _open(encoded.frames, limits)
+    frames = Frames(encoded.frames, limits)
     trajectory = _decode_trajectory(encoded.header, frames)
     _all_taken(frames)
     return trajectory
@@ -191,7 +191,7 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Envelop
     _check_sizes(frames, limits)
     call_id, reply, body = _open_envelope(_unpack(frames[0], limits))
     try:
-        rest = _open(frames[1:], limits)
+        rest = Frames(frames[1:], limits)
         message = _MESSAGES.decode(body, rest)
         _all_taken(rest)
     except BadMessage as bad:
@@ -215,10 +215,6 @@ def _open_envelope(raw: Any) -> tuple[int, bool, Any]:
         bad.call_id, bad.reply = call_id, reply
         raise bad
     return call_id, reply, body[0]
-
-
-def _open(frames: Sequence[Buffer], limits: Limits) -> Frames:
-    return Frames([f if type(f) is memoryview else memoryview(f) for f in frames], limits)
 
 
 def _all_taken(frames: Frames) -> None:
