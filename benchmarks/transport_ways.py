@@ -2,8 +2,8 @@
 
 In every way the receiver acknowledges each trajectory, the sender has at most ``window`` of them unacknowledged, and
 the receiver ends with arrays that can be computed with. Raw pyzmq gets the socket options of our streams (high-water
-marks, one DEALER, one ROUTER, frames above ``COPY_BELOW_BYTES`` borrowed) and frames of the same number and sizes, but
-neither header nor checks nor event loop.
+marks, one DEALER, one ROUTER, large frames borrowed) and the bytes of a trajectory in one piece, behind a frame in the
+place of a header; it has neither codec nor checks nor event loop.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import zmq
 
 from slime_async.protocol import Deliver, Delivered, Hello, Message, Welcome
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
+from slime_async.transport.buffers import BORROW_FROM_BYTES
 from slime_async.transport.client import HubClient
 from slime_async.transport.codec import DEFAULT_LIMITS
 from slime_async.transport.security import (
@@ -38,7 +39,7 @@ from slime_async.transport.security import (
     secure_client,
 )
 from slime_async.transport.server import Peer, Server
-from slime_async.transport.stream import COPY_BELOW_BYTES, new_socket
+from slime_async.transport.stream import new_socket
 
 SPAWN = multiprocessing.get_context("spawn")
 WAIT_S = 60.0
@@ -142,7 +143,8 @@ def keys_in(directory: Path | None) -> tuple[ServerSecurity | None, ClientSecuri
     if directory is None:
         return None, None
     hub, client = load(directory / "hub.key"), load(directory / "client.key")
-    return ServerSecurity(hub, directory / "authorized_keys"), ClientSecurity(client, load_public(directory / "hub.pub"))
+    server = ServerSecurity(hub, directory / "authorized_keys")
+    return server, ClientSecurity(client, load_public(directory / "hub.pub"))
 
 
 def make_keys(directory: Path) -> None:
@@ -183,9 +185,7 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
 
     async def main() -> None:
         clients = [
-            await HubClient.connect(
-                address, Hello("actor", f"sender-{i}"), handler=nothing, security=keys_in(keys)[1]
-            )
+            await HubClient.connect(address, Hello("actor", f"sender-{i}"), handler=nothing, security=keys_in(keys)[1])
             for i in range(connections)
         ]
         control.send("ready")
@@ -218,9 +218,8 @@ def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
         socket.setsockopt(zmq.CURVE_SECRETKEY, load(keys / "hub.key").secret.encode())
     ready.send(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
     while True:
-        identity, _header, *frames = socket.recv_multipart(copy=False)
-        for frame in frames:
-            np.frombuffer(frame.buffer, np.uint8)
+        identity, _header, body = socket.recv_multipart(copy=False)
+        np.frombuffer(body.buffer, np.uint8)
         socket.send_multipart([identity.bytes, b"ok"])
 
 
@@ -238,25 +237,23 @@ def send_raw(control: Connection, address: str, keys: Path | None, connections: 
     header = bytes(300)
     while True:
         size_bytes, seconds = control.recv()
-        arrays = list(columns_of(trajectory_of(size_bytes)).values())
+        body = b"".join(columns_of(trajectory_of(size_bytes)).values())
         window = max(window_of(size_bytes), connections)
         begun, sent, under_way = time.monotonic(), 0, 0
 
-        def send(socket: zmq.Socket[bytes], arrays: list[np.ndarray[Any, Any]]) -> None:
+        def send(socket: zmq.Socket[bytes], body: bytes) -> None:
             socket.send(header, zmq.SNDMORE)
-            for array in arrays[:-1]:
-                socket.send(array, zmq.SNDMORE, copy=array.nbytes < COPY_BELOW_BYTES, track=False)
-            socket.send(arrays[-1], copy=arrays[-1].nbytes < COPY_BELOW_BYTES, track=False)
+            socket.send(body, copy=len(body) < BORROW_FROM_BYTES, track=False)
 
         for i in range(window):
-            send(sockets[i % connections], arrays)
+            send(sockets[i % connections], body)
         under_way = window
         while under_way:
             for socket, _ in poller.poll(int(WAIT_S * 1000)):
                 socket.recv_multipart()
                 sent += 1
                 if time.monotonic() < begun + seconds:
-                    send(socket, arrays)
+                    send(socket, body)
                 else:
                     under_way -= 1
         control.send((sent, time.monotonic() - begun))
@@ -270,7 +267,7 @@ def receive_http(ready: Connection) -> None:
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_POST(self) -> None:  # noqa: N802 - http.server's name
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             for values in body["columns"].values():
                 np.asarray(values)

@@ -40,7 +40,7 @@ from typing import Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Peers of different protocol versions refuse each other, naming both."""
 
 Role = Literal["actor", "learner", "observer"]

@@ -10,13 +10,13 @@ tuple[X, …], NamedTuple         array
 dict[str, X]                    map
 dataclass                       map of all its fields by name
 A | B of dataclasses            array [class name, map]
-NDArray[dtype]                  array [dtype, [shape]]; its bytes are the message's next raw frame.
+NDArray[dtype]                  array [dtype, [shape]]; its bytes are the next ones in the message's raw frames.
                                 With a concrete dtype it is a column (one dimension); NDArray[np.generic] takes
                                 any allowed dtype and up to ``Limits.dimensions`` dimensions
 ==============================  =====================================================================
 
-A coder is compiled once per type. Encoders append raw frames to a list; decoders take them from a ``Frames`` cursor in
-the same order. Whatever comes in, decoders raise ``BadMessage`` and nothing else, before they allocate.
+A coder is compiled once per type. Encoders append arrays to a list; decoders take them from a ``Frames`` cursor in the
+same order. Whatever comes in, decoders raise ``BadMessage`` and nothing else, before they allocate.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, 
 import numpy as np
 from numpy.typing import NDArray
 
+from slime_async.transport.buffers import DEFAULT_LIMITS, Buffer, Frames
 from slime_async.transport.errors import BadMessage
-
-Buffer = bytes | bytearray | memoryview
 
 INT_MAX = 2**63 - 1
 _DTYPE_NAMES = (
@@ -43,46 +42,6 @@ _DTYPE_NAMES = (
 )
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name).newbyteorder("<") for name in _DTYPE_NAMES.split()}
 NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes beyond which a message is refused: by its sender with ``BadMessage``, by its receiver unread."""
-
-    header_bytes: int = 16 << 20
-    """The msgpack part; a manifest of 50,000 tensors takes 5 MB"""
-    frame_bytes: int = 64 << 20
-    """One array; sockets close a connection that announces a larger frame"""
-    frames: int = 1 << 18
-    """Arrays in one message; a batch has at least three per trajectory"""
-    total_bytes: int = 16 << 30
-    """All of one message"""
-    collection_length: int = 1 << 16
-    """Entries of one tuple or dict"""
-    string_bytes: int = 1 << 20
-    dimensions: int = 4
-    """Of an array"""
-
-
-DEFAULT_LIMITS = Limits()
-
-
-class Frames:
-    """A cursor over the raw frames of one message, which it makes read-only: they may be sent on."""
-
-    __slots__ = ("limits", "position", "views")
-
-    def __init__(self, frames: Sequence[Buffer], limits: Limits) -> None:
-        self.views = [memoryview(frame).toreadonly() for frame in frames]
-        self.position = 0
-        self.limits = limits
-
-    def take(self) -> memoryview:
-        position = self.position
-        if position == len(self.views):
-            raise BadMessage(f"needs more frames than the {len(self.views)} that came")
-        self.position = position + 1
-        return self.views[position]
 
 
 Encode = Callable[[Any, list[Buffer]], Any]
@@ -157,7 +116,9 @@ def _optional(inner: Coder) -> Coder:
 
 def _all_plain(values: Collection[Any], kind: type | None) -> bool:
     """Whether nothing is left to check in any of them; done without a call for each."""
-    return kind is not None and set(map(type, values)) <= {kind} and (kind is not int or max(values, default=0) <= INT_MAX)
+    if kind is None or set(map(type, values)) - {kind}:
+        return False
+    return kind is not int or max(values, default=0) <= INT_MAX
 
 
 def _sequence(item: Coder) -> Coder:
@@ -220,7 +181,8 @@ def _row(names: Sequence[str], coders: Sequence[Coder]) -> Callable[[list[Any], 
         try:
             for i, plain, decode_value in steps:
                 value = row[i]
-                if type(value) is not plain or (plain is int and value > INT_MAX):
+                kind = type(value)
+                if kind is not plain or (kind is int and value > INT_MAX):
                     row[i] = decode_value(value, frames)
         except BadMessage as bad:
             raise bad.within(names[i]) from None
@@ -351,9 +313,7 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
             if type(n) is not int or n < 0:
                 raise wants("lengths ≥ 0 as shape", shape)
             size *= n
-        frame = frames.take()
-        if frame.nbytes != size:
-            raise BadMessage(f"{name}{shape} takes {size} bytes, its frame has {frame.nbytes}")
+        frame = frames.take(size)
         array = np.frombuffer(frame, dtype)  # read-only, as the frame is
         if not array.flags.aligned:  # small messages come at any address of the socket's read buffer
             array = array.copy()

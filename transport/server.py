@@ -3,7 +3,7 @@
 ::
 
     Hello ──► on_join ──► Welcome        a peer by name, until on_leave
-    calls ──► on_call ──► reply          each in a task of its own
+    calls ──► on_call ──► reply          at once, or from a task of its own
     notes ──► on_note                    but heartbeats, whose report is kept in Peer.report
     silence, a broken connection, room for nothing, garbage, a goodbye ──► on_leave(peer, why)
 
@@ -16,17 +16,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import zmq
 
 from slime_async.protocol import ErrorReply, Goodbye, Heartbeat, Hello, Message, Report, Role, Welcome
 from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, encode
-from slime_async.transport.conversation import NOT_CONNECTED, Conversation, Traffic, error_reply
+from slime_async.transport.conversation import NOT_CONNECTED, Answer, Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
 from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, set_heartbeats, terminate
@@ -81,7 +82,8 @@ class ServerStatistics(Traffic):
 class Server:
     """Listens at ``address`` (port 0 takes a free one; ``address`` then names it, once started).
 
-    ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` may raise ``ValueError``, ``RemoteError``,
+    ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` and ``on_note`` return their answer, or a
+    coroutine where they have to wait for it, and may raise ``ValueError``, ``RemoteError``,
     ``DeadlineExceeded`` or ``ConnectionLost`` to answer with an ``ErrorReply``. Anything else that a handler raises
     answers its caller and ends ``serve`` with that error. ``on_leave`` is called once for each peer that joined, after
     it is out of ``peers``; its calls in progress are cancelled. A message must get through within
@@ -93,8 +95,8 @@ class Server:
         self,
         address: str,
         *,
-        on_call: Callable[[Peer, Message], Awaitable[Message]],
-        on_note: Callable[[Peer, Message], Awaitable[None]],
+        on_call: Callable[[Peer, Message], Answer],
+        on_note: Callable[[Peer, Message], Coroutine[Any, Any, None] | None],
         on_join: Callable[[Peer, Hello], Awaitable[Welcome]],
         on_leave: Callable[[Peer, str], None],
         heartbeat_interval_s: float = 1.0,
@@ -250,9 +252,10 @@ class Server:
             traffic=self._statistics,
         )
 
-    async def _called(self, peer: Peer, message: Message) -> Message:
-        if not isinstance(message, Hello):
-            return await self._on_call(peer, message)
+    def _called(self, peer: Peer, message: Message) -> Answer:
+        return self._join(peer, message) if isinstance(message, Hello) else self._on_call(peer, message)
+
+    async def _join(self, peer: Peer, message: Hello) -> Message:
         if message is not peer.hello:
             raise ValueError(f"{peer.name} said Hello twice: once per connection")
         peer.joined = True
@@ -264,7 +267,7 @@ class Server:
             raise
         return replace(welcome, heartbeat_interval_s=self._interval_s, heartbeat_timeout_s=self._timeout_s)
 
-    async def _noted(self, peer: Peer, message: Message) -> None:
+    def _noted(self, peer: Peer, message: Message) -> Coroutine[Any, Any, None] | None:
         if isinstance(message, Goodbye):
             self._leave(peer, "it said goodbye")
         elif isinstance(message, Heartbeat):
@@ -272,7 +275,8 @@ class Server:
         elif isinstance(message, ErrorReply):
             log.warning("%s could not take a message of the hub's: %s: %s", peer.name, message.code, message.message)
         else:
-            await self._on_note(peer, message)
+            return self._on_note(peer, message)
+        return None
 
     # ---------------------------------------------------------------------------------------------- going out
 

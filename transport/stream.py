@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from slime_async.transport.coders import Buffer, Limits
+from slime_async.transport.buffers import BORROW_FROM_BYTES, Buffer, Limits
 from slime_async.transport.errors import ConnectionLost
 
 HIGH_WATER_MARK = 64
@@ -23,8 +23,6 @@ BURST = 64
 """Messages read before other work of the loop gets a turn"""
 SILENCE_READ = 1024
 """Messages read before a silent peer is given up"""
-COPY_BELOW_BYTES = 256 << 10
-"""Smaller frames are copied into the socket: cheaper than ZeroMQ's call back when it is done with a borrowed one"""
 
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -124,7 +122,7 @@ class Stream:
         try:
             for i, frame in enumerate(frames):
                 size = frame.nbytes if type(frame) is memoryview else len(frame)
-                send(frame, _LAST if i == last else _MORE, size < COPY_BELOW_BYTES, False)
+                send(frame, _LAST if i == last else _MORE, size < BORROW_FROM_BYTES, False)
         except zmq.Again:  # only ever raised for the first frame: ZeroMQ takes messages whole
             return False
         except zmq.ZMQError as error:
