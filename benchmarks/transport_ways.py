@@ -157,11 +157,11 @@ def receive_ours(ready: Connection, keys: Path | None, _: int = 1) -> None:
         async def on_join(peer: Peer, hello: Hello) -> Welcome:
             return Welcome("run", 1.0, 10.0, 0)
 
-        async def on_call(peer: Peer, message: Message) -> Message:
+        def on_call(peer: Peer, message: Message) -> Message:
             assert isinstance(message, Deliver)
             return Delivered("accepted")
 
-        async def on_note(peer: Peer, message: Message) -> None:
+        def on_note(peer: Peer, message: Message) -> None:
             raise ValueError("no notes here")
 
         server = Server(
