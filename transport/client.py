@@ -64,6 +64,7 @@ class HubClient:
         self._talk = Conversation(
             f"hub at {address}",
             self._send,
+            self._flush_soon,
             on_call=self._on_call,
             on_note=self._on_note,
             on_bug=self._end,
@@ -211,9 +212,12 @@ class HubClient:
         assert self._link is not None
         return self._link.stream.try_send(frames)
 
+    def _flush_soon(self) -> None:
+        assert self._link is not None
+        self._link.stream.look_soon()
+
     def _room(self) -> None:
-        if not self._talk.suspended:
-            self._talk.outbox.flush()
+        self._talk.outbox.flush()
 
     async def _on_call(self, message: Message) -> Message:
         reply = await self._handler(message)

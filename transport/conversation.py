@@ -81,6 +81,7 @@ class Conversation:
         self,
         other: str,
         send: Callable[[Sequence[Buffer]], bool],
+        flush_soon: Callable[[], None],
         *,
         on_call: OnCall,
         on_note: OnNote,
@@ -91,7 +92,7 @@ class Conversation:
         holding: bool = False,
     ) -> None:
         self.other = other
-        self.outbox = Outbox(send)
+        self.outbox = Outbox(send, flush_soon, self._count_blocked)
         self.heard_at = time.monotonic()
         self.suspended = False
         self.holding = holding
@@ -146,25 +147,21 @@ class Conversation:
         self._check_open()
         if self.suspended:
             raise ConnectionLost(f"{self.other} is not connected now")
-        sending = self._put(encode(message, limits=self._limits))
-        if sending is not None:
-            await sending
+        await self._put(encode(message, limits=self._limits))
 
     def note_nowait(self, message: Message) -> bool:
-        """Whether the note is on its way, or waits for room by itself. Raises ``BadMessage`` if unsendable."""
+        """Whether the note will be sent, as long as the connection holds. Raises ``BadMessage`` if unsendable."""
         if self._closed is not None or self.suspended or len(self.outbox) >= MAX_UNATTENDED:
             return False
-        try:
-            self._put(encode(message, limits=self._limits))
-        except ConnectionLost:
-            return False
+        self._put(encode(message, limits=self._limits))
         return True
 
-    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
-        sending = self.outbox.put(frames)
+    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
         self._traffic.messages_out += 1
-        self._traffic.blocked += sending is not None
-        return sending
+        return self.outbox.put(frames)
+
+    def _count_blocked(self, messages: int) -> None:
+        self._traffic.blocked += messages
 
     def _expire(self, call: _Call, name: str, timeout_s: float) -> None:
         if not call.reply.done():
@@ -256,10 +253,7 @@ class Conversation:
             frames = encode(reply, call_id=call_id, reply=is_reply, limits=self._limits)
         except BadMessage as bad:
             frames = encode(error_reply(bad), call_id=call_id, reply=is_reply)
-        try:
-            self._put(frames)
-        except ConnectionLost:
-            self._traffic.ignored += 1  # nobody is left to read it; the connection's owner is told elsewhere
+        self._put(frames)
 
     # ---------------------------------------------------------------------------------------------- ends
 

@@ -30,7 +30,7 @@ from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, 
 from slime_async.transport.conversation import NOT_CONNECTED, Answer, Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
-from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, set_heartbeats, terminate
+from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, new_socket, set_heartbeats, terminate
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class Server:
         self._heart: asyncio.Task[None] | None = None
         self._by_identity: dict[bytes, Peer] = {}
         self._by_name: dict[str, Peer] = {}
+        self._waiting: dict[bytes, Outbox] = {}
+        """Where a message waits"""
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._statistics = ServerStatistics()
         self._ended = asyncio.Event()
@@ -187,6 +189,8 @@ class Server:
             self._heart.remove_done_callback(self._heart_stopped)
             self._heart.cancel()
             self._heart = None
+        if self._stream is not None and not self._stream.closed:
+            self._flush()
         for peer in list(self._by_identity.values()):
             peer.conversation.close(ConnectionLost(f"the hub closed its connection to {peer.name}"))
         self._by_identity.clear()
@@ -241,9 +245,15 @@ class Server:
         peer.conversation.take(envelope)
 
     def _converse(self, identity: bytes, hello: Hello) -> Conversation:
-        return Conversation(
+        def flush_soon() -> None:
+            assert self._stream is not None
+            self._waiting[identity] = conversation.outbox
+            self._stream.look_soon()
+
+        conversation = Conversation(
             f"{hello.role} {hello.name}",
             partial(self._send, identity),
+            flush_soon,
             on_call=lambda message: self._called(self._by_identity[identity], message),
             on_note=lambda message: self._noted(self._by_identity[identity], message),
             on_bug=self._fail,
@@ -251,6 +261,7 @@ class Server:
             limits=self._limits,
             traffic=self._statistics,
         )
+        return conversation
 
     def _called(self, peer: Peer, message: Message) -> Answer:
         return self._join(peer, message) if isinstance(message, Hello) else self._on_call(peer, message)
@@ -291,10 +302,11 @@ class Server:
             raise
 
     def _flush(self) -> None:
-        """There may be room again: let each peer's waiting messages go on."""
-        for peer in [p for p in self._by_identity.values() if len(p.conversation.outbox)]:
-            with suppress(ConnectionLost):  # _send has seen to it
-                peer.conversation.outbox.flush()
+        """There may be room: let each peer's waiting messages go on."""
+        for identity, outbox in list(self._waiting.items()):
+            outbox.flush()
+            if not len(outbox):
+                del self._waiting[identity]
 
     def _tell(self, identity: bytes, error: Exception, call_id: int) -> None:
         """An ``ErrorReply`` to someone who is no peer, if there is room for it now."""
@@ -358,6 +370,7 @@ class Server:
         if self._by_identity.get(peer.identity) is peer:
             self._statistics.cut_off += 1
             self._strike(peer.identity, MAX_STRIKES)
+            peer.conversation.outbox.flush()
             self._tell(peer.identity, RemoteError(NOT_CONNECTED, f"cut off by the hub: {reason}"), 0)
             self._leave(peer, f"cut off: {reason}")
 

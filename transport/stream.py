@@ -75,9 +75,10 @@ class Stream:
         self._scheduled = False
         self.closed = False
         self._loop.add_reader(self._fd, self._look)
-        self._look_soon()
+        self.look_soon()
 
-    def _look_soon(self) -> None:
+    def look_soon(self) -> None:
+        """At the end of this turn of the loop: read what came, and let waiting messages go on."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._look)
@@ -86,7 +87,7 @@ class Stream:
         self._scheduled = False
         try:
             if not self.closed and self.read(BURST) == BURST:
-                self._look_soon()
+                self.look_soon()
             if not self.closed:
                 self._on_room()
         except Exception as error:
@@ -117,7 +118,7 @@ class Stream:
         """
         if self.closed:
             raise ConnectionLost("the connection is closed")
-        self._look_soon()
+        self.look_soon()
         send, last = self.socket.send, len(frames) - 1
         try:
             for i, frame in enumerate(frames):
@@ -140,38 +141,60 @@ class Stream:
 
 
 class Outbox:
-    """Messages to one peer that wait for room, in order. Its users bound how many."""
+    """Messages to one peer, in order, until they are with ZeroMQ. Its users bound how many.
 
-    def __init__(self, send: Callable[[Sequence[Buffer]], bool]) -> None:
+    What is put within one turn of the loop leaves at its end, together: ZeroMQ's thread is then woken once and not for
+    each message, which costs more than the messages do.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Buffer]], bool],
+        flush_soon: Callable[[], None],
+        on_blocked: Callable[[int], None],
+    ) -> None:
+        """``flush_soon`` sees to it that ``flush`` is called; ``on_blocked`` hears how many more found no room."""
         self._send = send
+        self._flush_soon = flush_soon
+        self._on_blocked = on_blocked
         self._waiting: deque[tuple[Sequence[Buffer], asyncio.Future[None]]] = deque()
+        self._blocked = 0
+        """Of the first that wait, how many have found no room"""
         self._progress_at = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
-        """``None`` when sent; otherwise a future that is done once sent. Cancelling the future takes it back.
-
-        Raises ``ConnectionLost``.
-        """
-        if not self._waiting and self._send(frames):
-            return None
+    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
+        """A future that is done once the message is sent, or failed. Cancelling it takes the message back."""
         if not self._waiting:
             self._progress_at = time.monotonic()
+            self._flush_soon()
         sent = asyncio.get_running_loop().create_future()
         self._waiting.append((frames, sent))
+        if self._blocked:
+            self._blocked += 1
+            self._on_blocked(1)
+        elif len(self._waiting) >= BURST:
+            self.flush()
         return sent
 
     def flush(self) -> None:
-        """Send what there is room for. Raises ``ConnectionLost``."""
+        """Send what there is room for; what is lost with the connection stays for ``fail``."""
         while self._waiting:
             frames, sent = self._waiting[0]
             if not sent.done():
-                if not self._send(frames):
+                try:
+                    has_room = self._send(frames)
+                except ConnectionLost:
+                    return  # whoever sends knows, and will see to the peer
+                if not has_room:
+                    self._on_blocked(len(self._waiting) - self._blocked)
+                    self._blocked = len(self._waiting)
                     return
                 sent.set_result(None)
             self._waiting.popleft()
+            self._blocked = max(0, self._blocked - 1)
             self._progress_at = time.monotonic()
 
     def blocked_s(self) -> float:
@@ -188,6 +211,7 @@ class Outbox:
 
     def fail(self, error: Exception) -> None:
         """Give up everything that waits; whoever waits for it gets ``error``."""
+        self._blocked = 0
         while self._waiting:
             _, sent = self._waiting.popleft()
             if not sent.done():
