@@ -124,6 +124,7 @@ class Worker:
             if self._latest is not None:
                 self._latest[1].cancel()
             await self._client.close()
+            await self._rollout.close()
             await self._engine.close()
             self._spans.close()
 
@@ -209,11 +210,11 @@ class Worker:
                 outcome = await self._rollout.run(reservation)
             with self._spans.deliveries.inside():
                 if isinstance(outcome, RolloutFailure):
-                    reason = outcome.reason
+                    reason, kind = outcome.reason, outcome.kind
                 else:
-                    reason = await self._deliver(outcome, reservation)
+                    reason, kind = await self._deliver(outcome, reservation), "delivery"
                 if reason:
-                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
+                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
 
