@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
 from slime_async.transport.buffers import BORROW_FROM_BYTES
 from slime_async.transport.client import HubClient
 from slime_async.transport.codec import DEFAULT_LIMITS
+from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.security import (
     ClientSecurity,
     ServerSecurity,
@@ -176,6 +176,7 @@ def receive_ours(ready: Connection, keys: Path | None, _: int = 1) -> None:
         ready.send(server.address)
         await server.serve()
 
+    keep_freed_memory()  # as the hub's process does
     uvloop.run(main())
 
 
@@ -327,7 +328,3 @@ def send_queue(control: Connection, _: str, there: Any, back: Any) -> None:
             else:
                 under_way -= 1
         control.send((sent, time.monotonic() - begun))
-
-
-__all__ = ["Slice", "Way", "make_keys", "opened"]
-assert os.name == "posix"

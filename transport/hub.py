@@ -59,7 +59,9 @@ from slime_async.protocol import (
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
 from slime_async.trajectory import Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.conversation import Answer
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
@@ -278,7 +280,12 @@ class Hub:
 
     # ---------------------------------------------------------------------------------------------------- calls
 
-    async def _on_call(self, peer: Peer, message: Message) -> Message:
+    def _on_call(self, peer: Peer, message: Message) -> Answer:
+        if isinstance(message, Deliver) and not self._store.is_durable:
+            return self._deliver(peer, message)  # the most frequent call, and nothing to wait for
+        return self._answer_safely(peer, message)
+
+    async def _answer_safely(self, peer: Peer, message: Message) -> Message:
         reply = await self._answer(peer, message)
         await self._store.persist()  # whoever reads the reply relies on it
         return reply
@@ -321,7 +328,7 @@ class Hub:
         self._wake()
         return Ok()
 
-    async def _on_note(self, peer: Peer, message: Message) -> None:
+    def _on_note(self, peer: Peer, message: Message) -> None:
         if not isinstance(message, Started):
             raise ValueError(f"{type(message).__name__} is no note that the hub takes")
         self._queue.start(message.key, message.attempt, self._clock())
@@ -501,6 +508,8 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
     ``JournalError`` and ``LearnerLost``.
     """
     import uvloop
+
+    keep_freed_memory()
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)

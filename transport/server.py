@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,9 @@ MAX_REMEMBERED = 4096
 """Connections whose strikes are remembered, the latest ones"""
 MAX_HANDLING = 4096
 """Calls and notes of one peer in progress; one that makes more does not wait for replies"""
+
+IO_THREADS = min(4, os.cpu_count() or 1)
+"""ZeroMQ's own threads where connections are encrypted; each connection belongs to one of them. Plain ones need one"""
 
 _HEARTBEAT = encode(Heartbeat())
 
@@ -138,7 +142,7 @@ class Server:
         """Listen. Raises ``OSError`` when the address is taken, ``ValueError`` for a bad list of authorized keys."""
         if self._security is not None:
             authorized(self._security.authorized_keys)  # an error now, not at the first connection
-        self._context = zmq.Context()
+        self._context = zmq.Context(1 if self._security is None else IO_THREADS)
         socket = new_socket(self._context, zmq.ROUTER, self._limits)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         set_heartbeats(socket, self._interval_s, self._timeout_s)
