@@ -15,8 +15,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Let the memory of one message serve the next, in this process from now on.
 
-    By default glibc hands the end of its heap back to the system as soon as some 2 MiB of it are free, and every message
-    of that size then costs hundreds of page faults. Other C libraries are left as they are.
+    By default glibc hands the end of its heap back to the system as soon as some 2 MiB of it are free, and messages of
+    that size then cost hundreds of page faults each. Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):
