@@ -240,8 +240,7 @@ class Conversation:
         self._traffic.bad += 1
         if bad.reply:
             self._settle(bad.call_id, bad)
-        else:
-            self._reply(error_reply(bad), bad.call_id)
+        self._reply(error_reply(bad), 0 if bad.reply else bad.call_id)
         self._on_bad(bad)
 
     def _reply(self, reply: Message, call_id: int) -> None:

@@ -31,7 +31,7 @@ from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, 
 from slime_async.transport.conversation import NOT_CONNECTED, Answer, Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
-from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, new_socket, set_heartbeats, terminate
+from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, hang_up, new_socket, set_heartbeats, terminate
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class ServerStatistics(Traffic):
     """Peers disconnected because they took no message or sent garbage"""
     refused: int = 0
     """Connections without an authorized key"""
+    hung_up: int = 0
+    """Connections closed because their peer went on after it was cut off"""
 
 
 class Server:
@@ -213,7 +215,11 @@ class Server:
         identity = bytes(frames[0])
         peer = self._by_identity.get(identity)
         if peer is None:
-            self._meet(identity, frames[1:])
+            if self._strikes.get(identity, 0) < MAX_STRIKES:
+                self._meet(identity, frames[1:])
+            else:
+                self._statistics.ignored += 1
+                self._statistics.hung_up += hang_up(frames[0])
             return
         peer.conversation.receive(frames[1:])
         if peer.conversation.handling > MAX_HANDLING:
@@ -221,9 +227,6 @@ class Server:
 
     def _meet(self, identity: bytes, frames: Sequence[Buffer]) -> None:
         """The first message of a connection: a ``Hello``, or something to refuse."""
-        if self._strikes.get(identity, 0) >= MAX_STRIKES:
-            self._statistics.ignored += 1
-            return
         self._statistics.messages_in += 1
         try:
             envelope = decode(frames, self._limits)

@@ -8,9 +8,12 @@ one more look at the socket, which reads what came and lets the ``Outbox`` es tr
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from socket import SHUT_RDWR
+from socket import socket as Connection
 
 import zmq
 
@@ -51,6 +54,21 @@ def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: floa
     socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval_s * 1000)))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
     socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(2 * timeout_s * 1000)))
+
+
+def hang_up(frame: memoryview) -> bool:
+    """Close the connection on which a message of this frame just came; whether that could be done.
+
+    ZeroMQ has no call for it, but tells the connection's file descriptor. Were it closed and given to another since,
+    that one is closed, and comes back by itself.
+    """
+    try:
+        descriptor = os.dup(int(frame.obj.get(zmq.SRCFD)))  # type: ignore[attr-defined]  # of pyzmq's Frame
+        with Connection(fileno=descriptor) as connection:
+            connection.shutdown(SHUT_RDWR)
+    except OSError:  # it is gone already
+        return False
+    return True
 
 
 class Stream:

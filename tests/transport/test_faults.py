@@ -99,8 +99,11 @@ def test_a_peer_that_sends_garbage_is_told_and_then_cut_off() -> None:
             name, reason = hub.left[0]
             assert name == "raw"
             assert "cut off: sent 8 messages that break the rules" in reason
+            disconnected = raw.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             await raw.send_frames([b"more"])
-            await eventually(lambda: hub.server.statistics().ignored > 0)
+            await asyncio.wait_for(disconnected.recv_multipart(), 10)
+            assert hub.server.statistics().ignored > 0
+            assert hub.server.statistics().hung_up > 0
             assert hub.server.statistics().bad == MAX_STRIKES
             assert hub.server.statistics().cut_off == 1
 
