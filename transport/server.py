@@ -31,7 +31,7 @@ from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, 
 from slime_async.transport.conversation import NOT_CONNECTED, Answer, Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
-from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, hang_up, new_socket, set_heartbeats, terminate
+from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, hang_up, new_socket, terminate, watch_connections
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Server:
         self._context = zmq.Context(1 if self._security is None else IO_THREADS)
         socket = new_socket(self._context, zmq.ROUTER, self._limits)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        set_heartbeats(socket, self._interval_s, self._timeout_s)
+        watch_connections(socket, self._timeout_s)
         if self._security is not None:
             self._doorkeeper = Doorkeeper(self._context, self._security, self._fail)
             self._doorkeeper.secure_server(socket)

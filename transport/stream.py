@@ -24,6 +24,8 @@ HIGH_WATER_MARK = 64
 """Messages that ZeroMQ buffers each way per connection; beyond it, senders wait"""
 BURST = 64
 """Messages read before other work of the loop gets a turn"""
+HANDSHAKE_S = 10.0
+"""For a connection to say who it is; those that don't are closed"""
 SILENCE_READ = 1024
 """Messages read before a silent peer is given up"""
 
@@ -38,6 +40,7 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limit
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.MAXMSGSIZE, max(limits.frame_bytes, limits.header_bytes))
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
     return socket
 
 
@@ -46,14 +49,18 @@ async def terminate(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, context.term))
 
 
-def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: float) -> None:
-    """ZMTP's own heartbeats: they find connections that are dead below us.
+def watch_connections(socket: zmq.Socket[bytes], timeout_s: float) -> None:
+    """Let the kernel find connections that are dead below us: what ZeroMQ holds for them is then freed.
 
-    They also stop while a peer takes no messages, so they have twice our patience: what we notice, we can explain.
+    It has twice our patience: what our own heartbeats notice, we can explain. ZeroMQ's heartbeats are left off: when
+    the connection of a full socket breaks, the next one ends the process, with a failed assertion (libzmq issues 3937
+    and 4767).
     """
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(2 * timeout_s * 1000)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, max(1, int(timeout_s)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, max(1, int(timeout_s / 3)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    socket.setsockopt(zmq.TCP_MAXRT, max(1000, int(2 * timeout_s * 1000)))
 
 
 def hang_up(frame: memoryview) -> bool:
