@@ -32,7 +32,10 @@ from slime_async.protocol import (
     Delivered,
     Drain,
     Durable,
+    Eject,
+    Ejected,
     EngineInfo,
+    EnginesChanged,
     Evaluate,
     EvaluationResult,
     Failed,
@@ -228,7 +231,7 @@ class Hub:
             self._queue.published_version,
             self._engines() if hello.role == "learner" else (),
         )
-        if hello.role == "actor":
+        if hello.role != "observer":  # also a learner that returns, which takes no engines from its welcome
             self._members_changed.set()
         return welcome
 
@@ -247,6 +250,15 @@ class Hub:
 
     def _engines(self) -> tuple[EngineInfo, ...]:
         return tuple(engine for actor in self._actors.values() for engine in actor.engines)
+
+    async def _eject(self, message: Eject) -> None:
+        """From now on the engine is no member; its actor restarts it, and then says so."""
+        actor = self._actors.get(message.engine.actor)
+        if actor is not None and message.engine in actor.engines:
+            log.warning("engine %s is ejected: %s", message.engine.engine_id, message.reason)
+            actor.engines = tuple(engine for engine in actor.engines if engine != message.engine)
+            self._members_changed.set()
+            await self._server.note(message.engine.actor, Ejected(message.engine.engine_id, message.reason))
 
     async def _tell_learner_members(self) -> None:
         """After every change; a learner that takes no messages hears of the latest once it does."""
@@ -314,6 +326,8 @@ class Hub:
                 await self._drain(message)
             case Evaluate():
                 return await self._evaluate(message)
+            case Eject():
+                await self._eject(message)
             case Relay():
                 return await self._relay(message)
             case GetStatus():
@@ -329,9 +343,14 @@ class Hub:
         return Ok()
 
     def _on_note(self, peer: Peer, message: Message) -> None:
-        if not isinstance(message, Started):
-            raise ValueError(f"{type(message).__name__} is no note that the hub takes")
-        self._queue.start(message.key, message.attempt, self._clock())
+        match message:
+            case Started():
+                self._queue.start(message.key, message.attempt, self._clock())
+            case EnginesChanged() if peer.name in self._actors:
+                self._actors[peer.name].engines = message.engines
+                self._members_changed.set()
+            case _:
+                raise ValueError(f"{type(message).__name__} is no note that the hub takes")
 
     def _deliver(self, peer: Peer, message: Deliver) -> Delivered:
         trajectory = message.trajectory

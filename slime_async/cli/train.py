@@ -66,6 +66,7 @@ def run(parsed: argparse.Namespace) -> int:
         config = with_control(config)
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
     with owned(directory):
@@ -115,6 +116,14 @@ def check_modules(config: Config) -> None:
     ]
     if missing:
         raise ConfigError("\n".join(missing))
+
+
+def check_servers(config: Config) -> None:
+    """Raise ``ConfigError`` for SGLang servers that cannot start as configured."""
+    if config.actor.engine == "sglang":
+        from slime_async.actors.engines import check_engines
+
+        check_engines(config)
 
 
 def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe) -> int:

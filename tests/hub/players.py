@@ -14,6 +14,7 @@ from slime_async.protocol import (
     Commit,
     Deliver,
     Delivered,
+    Ejected,
     EngineInfo,
     Failed,
     GetStatus,
@@ -136,7 +137,7 @@ class Actor(Player):
 
     async def handle(self, message: Message) -> Message | None:
         await super().handle(message)
-        return None if isinstance(message, Granted | Shutdown) else Ok()
+        return None if isinstance(message, Granted | Shutdown | Ejected) else Ok()
 
     async def granted(self, count: int) -> list[Reservation]:
         """Exactly so many: fewer wait, more fail."""
