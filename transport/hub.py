@@ -39,7 +39,10 @@ from slime_async.protocol import (
     Evaluate,
     EvaluationResult,
     Failed,
+    Fetch,
+    Fetched,
     Finish,
+    FollowLease,
     GetStatus,
     GetTime,
     Granted,
@@ -57,12 +60,15 @@ from slime_async.protocol import (
     RunStatus,
     Shutdown,
     Started,
+    StoredTrajectory,
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
-from slime_async.trajectory import Trajectory
+from slime_async.trajectory import NOT_SAMPLED, Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.conversation import Answer
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
@@ -290,7 +296,12 @@ class Hub:
 
     # ---------------------------------------------------------------------------------------------------- calls
 
-    async def _on_call(self, peer: Peer, message: Message) -> Message:
+    def _on_call(self, peer: Peer, message: Message) -> Answer:
+        if isinstance(message, Deliver) and not self._store.is_durable:
+            return self._deliver(peer, message)  # the most frequent call, and nothing to wait for
+        return self._answer_safely(peer, message)
+
+    async def _answer_safely(self, peer: Peer, message: Message) -> Message:
         reply = await self._answer(peer, message)
         await self._store.persist()  # whoever reads the reply relies on it
         return reply
@@ -305,6 +316,10 @@ class Hub:
                 self._failed[message.kind or "unknown"] += not message.evaluation
             case Lease():
                 return await self._lease(message)
+            case FollowLease():
+                return await self._follow_lease(message)
+            case Fetch():
+                return await self._fetch(message)
             case Commit():
                 self._queue.commit(message.incarnation, message.train_version, now)
                 self._store.spill(message.train_version)
@@ -335,7 +350,7 @@ class Hub:
         self._wake()
         return Ok()
 
-    async def _on_note(self, peer: Peer, message: Message) -> None:
+    def _on_note(self, peer: Peer, message: Message) -> None:
         match message:
             case Started():
                 self._queue.start(message.key, message.attempt, self._clock())
@@ -372,12 +387,43 @@ class Hub:
         self._failed.clear()
         return Batch(
             message.train_version,
-            await self._store.get(leased.keys),
+            await self._store.get(leased.keys) if message.payloads else (),
             stale_tokens_dropped=left_out.stale_tokens - before.stale_tokens,
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
             episodes_failed=failed,
+            stored=() if message.payloads else self._stored(message.train_version),
+        )
+
+    async def _follow_lease(self, message: FollowLease) -> Message:
+        """Any rank of the learner: which trajectories there are to fetch. What is told once is told to the lease."""
+        leased = await self._until(
+            lambda: self._queue.leased_batch(message.incarnation, message.train_version), message.wait_s
+        )
+        if leased is None:
+            return NotReady(self._queue.waiting_for(self._clock()))
+        return Batch(message.train_version, (), rewards=leased.rewards, stored=self._stored(message.train_version))
+
+    async def _fetch(self, message: Fetch) -> Fetched:
+        unknown = set(message.keys).difference(self._queue.batch_keys(message.train_version))
+        if unknown:
+            raise ValueError(
+                f"batch {message.train_version} does not hold {sorted(unknown)[:5]}: lease it, then fetch what it names"
+            )
+        return Fetched(await self._store.get(message.keys))
+
+    def _stored(self, train_version: int) -> tuple[StoredTrajectory, ...]:
+        return tuple(
+            StoredTrajectory(
+                meta.key,
+                meta.num_tokens,
+                meta.size_bytes,
+                meta.tokens_by_version[0][0] if meta.tokens_by_version else NOT_SAMPLED,
+                meta.tokens_by_version[-1][0] if meta.tokens_by_version else NOT_SAMPLED,
+                meta.reward,
+            )
+            for meta in self._queue.batch_metas(train_version)
         )
 
     async def _relay(self, message: Relay) -> Message:
@@ -520,6 +566,8 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
     ``JournalError`` and ``LearnerLost``.
     """
     import uvloop
+
+    keep_freed_memory()
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)
