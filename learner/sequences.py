@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slime_async.correction import PolicyBatch
+from slime_async.learner.transfer import to_device
 
 Columns = Sequence[NDArray[np.float32]]
 """Per sequence, one number per token [T]; position 0 is 0, since nothing predicts the first token"""
@@ -85,10 +86,10 @@ def policy_batch(
     def column(values: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
         parts = [v[1:] for v in values]
         joined = np.concatenate(parts) if parts else np.zeros(0)
-        return torch.from_numpy(joined).to(device, dtype)
+        return to_device(joined, device, dtype)
 
     return PolicyBatch(
-        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths)).to(device, torch.int64),
+        sequence_ids=to_device(np.repeat(np.arange(len(sequences)), lengths), device),
         num_sequences=len(sequences),
         loss_mask=column([s.loss_mask for s in sequences], torch.float32),
         weight_mask=column([s.weight_mask for s in sequences], torch.float32),

@@ -2,7 +2,7 @@
 
 ::
 
-    sequences ─► minibatches (one per optimizer step) ─► microbatches of this DP rank ─► logits ─► log π_θ
+    sequences ─► minibatches (one per optimizer step) ─► microbatches of this DP rank ─► hidden states ─► log π_θ
                                                                                              │
     log π_prox, log π_ref, batch statistics: before the first step, on the whole batch ─► policy_loss ─► Megatron's
                                                                                              DDP and optimizer
@@ -91,12 +91,15 @@ class Trainer:
         """Told what a training step was busy with, and when"""
 
     @classmethod
-    def build(cls, config: Config, checkpoint: Path, on_progress: Progress = silent) -> Trainer:
+    def build(
+        cls, config: Config, checkpoint: Path, on_progress: Progress = silent, *, random_weights: bool = False
+    ) -> Trainer:
         """Join the other ranks that torchrun started (none is needed for one), and load Hugging Face weights.
 
-        Raises ``ValueError`` for options, layouts and checkpoints that cannot work.
+        ``random_weights``, for measurements of speed, reads nothing but the checkpoint's config.json. Raises
+        ``ValueError`` for options, layouts and checkpoints that cannot work.
         """
-        return cls(config, build_model(config, checkpoint, on_progress), checkpoint)
+        return cls(config, build_model(config, checkpoint, on_progress, random_weights=random_weights), checkpoint)
 
     @property
     def model(self) -> LearnerModel:
@@ -152,8 +155,8 @@ class Trainer:
         counted = sum(int(np.count_nonzero(mask[1:])) for _, mask in sequences)
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
 
-        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            logprobs, _ = column_logprobs(self._model, microbatch, logits, 1.0, entropy=False)
+        def loss(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            logprobs, _ = column_logprobs(self._model, microbatch, hidden, 1.0, entropy=False)
             masks = [sequences[i][1][1:] for i in microbatch.indices]
             mask = torch.from_numpy(np.concatenate([*masks, np.zeros(0)])).to(logprobs)
             share = -(logprobs * mask).sum() / max(counted, 1)
@@ -174,8 +177,8 @@ class Trainer:
         ends = np.cumsum([len(s) for s in sequences])
         flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self._model.device)
 
-        def collect(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            columns, _ = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=False)
+        def collect(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            columns, _ = column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=False)
             spans = [np.arange(ends[i] - len(sequences[i]) + 1, ends[i]) for i in microbatch.indices]
             rows = torch.from_numpy(np.concatenate([*spans, np.zeros(0, dtype=np.int64)]))
             flat[rows.to(flat.device)] = columns.detach()
@@ -266,8 +269,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         sums = [MetricSums.zero(self._model.device)]
 
-        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            current, entropy = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=True)
+        def loss(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            current, entropy = column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=True)
             chosen = microbatch.indices
             batch = policy_batch(
                 [sequences[i] for i in chosen],

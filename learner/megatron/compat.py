@@ -128,6 +128,15 @@ def _to_numpy_if_asked(value: Any, as_numpy: bool = False, record_stream: bool =
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
+def fuse_adam(optimizer: Any) -> None:
+    """Have torch's AdamW, which megatron-core falls back to, update all parameters of a group in a few CUDA kernels."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                if all(p.is_cuda for p in group["params"]):
+                    group.update(fused=True, foreach=False)
+
+
 @contextlib.contextmanager
 def types_named_as_on_cuda(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """While an optimizer is built: it recognises parameters by ``type() == "torch.cuda.FloatTensor"``."""
@@ -160,8 +169,12 @@ def _total_norm(_chunk: int, _overflow: torch.Tensor, tensors: list[list[torch.T
 
 
 def _mend_without_transformer_engine(distributed: Any) -> None:
-    """Three defects of 0.16.1 where neither TransformerEngine nor Apex is installed, on GPUs too."""
+    """Four defects of 0.16.1 where neither TransformerEngine nor Apex is installed, on GPUs too."""
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
+
+    # recomputed norms ask TransformerEngine about fp8 unless this is None, but the default is False
+    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
     if not hasattr(moe_utils, "te_general_gemm"):  # tested against None, but never bound: NameError in fp32 routers
         moe_utils.te_general_gemm = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -74,6 +74,17 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
         expert_tensor=options.get("expert_tensor_parallel_size", tensor),
     )
     return MegatronOptions(layout, model, ddp, optimizer)
+
+
+def with_recomputed_norms(options: MegatronOptions) -> MegatronOptions:
+    """Megatron's part of ``learner.recompute_elementwise``. Raises ``ConfigError`` beside its own recomputation."""
+    if "recompute_granularity" in options.model:
+        raise ConfigError(
+            f"learner.recompute_elementwise = true and megatron.recompute_granularity = "
+            f"'{options.model['recompute_granularity']}' exclude each other: choose one"
+        )
+    norms = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    return replace(options, model=options.model | norms)
 
 
 _CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)

@@ -181,6 +181,11 @@ class LearnerConfig(Section):
     """Bound on the gradient's norm; 0 turns it off"""
     microbatch_tokens: PositiveInt = 16384
     """Token budget of one packed microbatch"""
+    keep_logits: bool = False
+    """Keep the logits of a microbatch (2 bytes per token and vocabulary entry) from the forward to the backward pass,
+    instead of computing them twice"""
+    recompute_elementwise: bool = False
+    """Compute norms and SwiGLU again in the backward pass: a quarter of the activations less, for little time"""
     optimizer_steps: PositiveInt = 1
     """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
     threads: PositiveInt = 1
