@@ -18,6 +18,7 @@ from slime_async.learner.credit import branch_advantages
 from slime_async.learner.trainer import TrainSequence
 from slime_async.protocol import Batch
 from slime_async.queue.staleness import stale_token_mask
+from slime_async.routing import routed_experts
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 
 
@@ -55,6 +56,7 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         if trajectory.truncated and config.task.on_truncated == "mask":
             weight_mask = np.zeros_like(weight_mask)
         with_weight += bool(weight_mask.any())
+        experts = routed_experts(trajectory)
         trained_staleness.append(staleness[weight_mask > 0])
         sequences += [
             TrainSequence(
@@ -64,6 +66,7 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
                 behavior_logprobs=trajectory.behavior_logprobs[tokens],
                 advantages=advantage,
                 staleness=staleness[tokens],
+                routed_experts=None if experts is None else experts[tokens],
                 group=trajectory.task.serial,
             )
             for tokens, advantage in parts

@@ -36,14 +36,16 @@ class TrainSequence:
     """[T], or one number for all tokens"""
     staleness: NDArray[np.int64]
     """[T], learner version − the token's version"""
+    routed_experts: NDArray[np.int16] | None = None
+    """[T, layers, experts per token] that the engine recorded, −1 where it did not"""
     group: int = 0
     """Trajectories of one group stay in one minibatch when a batch is trained in several optimizer steps"""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
-        for name in ("loss_mask", "weight_mask", "behavior_logprobs", "staleness", "advantages"):
+        for name in ("loss_mask", "weight_mask", "behavior_logprobs", "staleness", "advantages", "routed_experts"):
             column = getattr(self, name)
-            if np.ndim(column) and len(column) != n:
+            if column is not None and np.ndim(column) and len(column) != n:
                 raise ValueError(f"{name} has {len(column)} entries for {n} tokens: columns are per token")
         if n == 0:
             raise ValueError("a sequence has no tokens: there is nothing to condition on or to train")

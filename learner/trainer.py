@@ -46,6 +46,7 @@ from slime_async.learner.megatron.optimization import (
     restore_state,
 )
 from slime_async.learner.megatron.parallel import shut_down, sum_over_data_and_pipeline
+from slime_async.learner.megatron.replay import check_routes
 from slime_async.learner.megatron.saving import write_checkpoint
 from slime_async.learner.megatron.schedule import run_microbatches
 from slime_async.learner.sequences import (
@@ -64,6 +65,10 @@ __all__ = ["StepResult", "TrainSequence", "Trainer"]
 
 PhaseSpan = Callable[[str, int, int], None]
 """Called with a phase (prox, forward, optimizer), its start and its end by ``time.monotonic_ns``"""
+
+
+Routes = Sequence[NDArray[np.int16] | None]
+"""Per sequence the experts that its engine took, [T, layers, k], or None; empty where nobody's are followed"""
 
 
 class Counters(NamedTuple):
@@ -129,7 +134,7 @@ class Trainer:
         minibatches = split_minibatches([s.group for s in sequences], learner.optimizer_steps)
         needs_prox = algorithm.prox == "recompute" and (learner.optimizer_steps > 1 or algorithm.needs_batch_statistics)
         with self._phase("prox", needs_prox or algorithm.needs_reference):
-            prox = self.logprobs([s.token_ids for s in sequences]) if needs_prox else None
+            prox = self.logprobs([s.token_ids for s in sequences], self._routes(sequences)) if needs_prox else None
             reference = self._reference_logprobs(sequences, version)
         statistics = None
         if algorithm.needs_batch_statistics:
@@ -170,10 +175,10 @@ class Trainer:
         value = float(sum_over_data_and_pipeline(total))
         return StepResult(value, norm, learning_rate, sum(map(len, tokens)), counted, {"loss": value})
 
-    def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+    def logprobs(self, sequences: Sequence[NDArray[np.int32]], routes: Routes = ()) -> list[NDArray[np.float32]]:
         """Log π_θ of every token given those before it, after the sampling temperature: [T] per sequence of token ids.
 
-        Position 0 is 0. Every rank gets all sequences.
+        Position 0 is 0. Every rank gets all sequences. ``routes`` are the experts to take, per sequence.
         """
         ends = np.cumsum([len(s) for s in sequences])
         flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self._model.device)
@@ -186,7 +191,7 @@ class Trainer:
             return columns.sum()
 
         with torch.no_grad():
-            microbatches = self._share(sequences, range(len(sequences)))
+            microbatches = self._share(sequences, range(len(sequences)), routes)
             run_microbatches(self._model, microbatches, collect, forward_only=True)
         values: NDArray[np.float32] = sum_over_data_and_pipeline(flat).cpu().numpy()
         return np.split(values, ends[:-1]) if len(ends) else []
@@ -288,7 +293,7 @@ class Trainer:
             sums[0] = sums[0].merge(result.sums)
             return result.loss
 
-        microbatches = self._share([s.token_ids for s in sequences], computed)
+        microbatches = self._share([s.token_ids for s in sequences], computed, self._routes(sequences))
         rate = self._warmed_up_rate(self._steps)
         ends: list[int] = []
 
@@ -315,13 +320,25 @@ class Trainer:
         if self.on_phase is not None and happens:
             self.on_phase(name, begun, time.monotonic_ns())
 
-    def _share(self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int]) -> list[Microbatch]:
+    def _routes(self, sequences: Sequence[TrainSequence]) -> Routes:
+        routes = [s.routed_experts for s in sequences]
+        if not self._config.learner.replay_routing or all(r is None for r in routes):
+            return ()
+        check_routes(self._model.architecture, routes)
+        return routes
+
+    def _share(
+        self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int], routes: Routes = ()
+    ) -> list[Microbatch]:
         """This DP rank's microbatches of the chosen sequences."""
         lengths = [-(-len(tokens[i]) // self._model.alignment) * self._model.alignment for i in indices]
         packing = pack(lengths, self._config.learner.microbatch_tokens, parallel_state.get_data_parallel_world_size())
         mine = packing.ranks[parallel_state.get_data_parallel_rank()]
         chosen = [[indices[i] for i in microbatch] for microbatch in mine]
-        return [make_microbatch(self._model, m, [tokens[i] for i in m]) for m in chosen]
+        return [
+            make_microbatch(self._model, m, [tokens[i] for i in m], [routes[i] for i in m] if routes else ())
+            for m in chosen
+        ]
 
     def _reference_logprobs(self, sequences: Sequence[TrainSequence], version: int) -> Columns | None:
         if not self._config.algorithm.needs_reference:

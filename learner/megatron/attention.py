@@ -65,6 +65,8 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     cos: Tensor | None = None
     """[P, dim / 2], fp32: of each token's rotary angles; None where Megatron's own attention computes them"""
     sin: Tensor | None = None
+    routes: Tensor | None = None
+    """[layers, P / sp, k], the experts that an engine recorded"""
     ends: Tensor | None = None
     """``cu_seqlens_q`` on the device, for ``varlen_attn``"""
 

@@ -23,6 +23,7 @@ from slime_async.learner.megatron.attention import PackedSequences, local_positi
 from slime_async.learner.megatron.layers import has_transformer_engine
 from slime_async.learner.megatron.logprob import token_logprobs
 from slime_async.learner.megatron.model import LearnerModel
+from slime_async.learner.megatron.replay import pack_routes
 from slime_async.learner.transfer import to_device
 
 
@@ -43,8 +44,16 @@ class Microbatch:
     packed: PackedSequences
 
 
-def make_microbatch(model: LearnerModel, indices: Sequence[int], sequences: Sequence[NDArray[np.int32]]) -> Microbatch:
-    """Pack ``sequences`` (token ids, at least 1 each), padded as the layout needs it; none gives pure padding."""
+def make_microbatch(
+    model: LearnerModel,
+    indices: Sequence[int],
+    sequences: Sequence[NDArray[np.int32]],
+    routes: Sequence[NDArray[np.int16] | None] = (),
+) -> Microbatch:
+    """Pack ``sequences`` (token ids, at least 1 each), padded as the layout needs it; none gives pure padding.
+
+    ``routes`` are their recorded experts [T, layers, k], where a model of experts is to follow them.
+    """
     cp_size, cp_rank = model.layout.context, parallel_state.get_context_parallel_rank()
     lengths = [_round_up(len(tokens), model.alignment) for tokens in sequences]
     if rest := -sum(lengths) % (model.alignment * model.layout.tensor) or (0 if lengths else model.alignment):
@@ -59,13 +68,16 @@ def make_microbatch(model: LearnerModel, indices: Sequence[int], sequences: Sequ
     mine = np.concatenate([start + p for start, p in zip(starts, positions, strict=False)])
     columns = _columns(starts, lengths, [len(tokens) for tokens in sequences], cp_size)
     device = model.device
+    packed = _packed_sequences(model, lengths, np.concatenate(positions))
+    recorded = pack_routes(list(routes), lengths, mine, model.config.sequence_parallel)
+    packed.routes = None if recorded is None else to_device(recorded, device)
     return Microbatch(
         indices=tuple(indices),
         tokens=to_device(whole[mine], device)[None],
         positions=to_device(np.concatenate(positions), device)[None],
         targets=to_device(targets[mine], device),
         columns=to_device(columns, device),
-        packed=_packed_sequences(model, lengths, np.concatenate(positions)),
+        packed=packed,
     )
 
 

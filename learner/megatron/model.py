@@ -33,6 +33,7 @@ from slime_async.learner.megatron.options import (
     with_recomputed_norms,
 )
 from slime_async.learner.megatron.parallel import initialize, world_size_from_environment
+from slime_async.learner.megatron.replay import replay_in
 from slime_async.learner.megatron.weights import WeightMap
 from slime_async.telemetry.progress import Progress, silent
 
@@ -96,6 +97,7 @@ def build_model(
     module = _gpt_model(architecture, model_config, options.layout, recompute_elementwise=recompute)
     layers = architecture.layers // options.layout.pipeline
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
+    replay_in(module)
     if not random_weights:
         WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
     ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)

@@ -239,6 +239,8 @@ class LearnerConfig(Section):
     instead of computing them twice"""
     recompute_elementwise: bool = False
     """Compute norms and SwiGLU again in the backward pass: a quarter of the activations less, for little time"""
+    replay_routing: bool = True
+    """Send a token through the experts that the engine took for it, where the engine recorded them"""
     optimizer_steps: PositiveInt = 1
     """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
     threads: PositiveInt = 1

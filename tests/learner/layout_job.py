@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from slime_async.config.schema import Config
 from slime_async.learner.trainer import Trainer, TrainSequence
+from slime_async.routing import NOT_RECORDED
 
 
-def train_sequences(vocab_size: int = 33, count: int = 14) -> list[TrainSequence]:
-    """Sequences of 1 to 17 tokens in groups of two, some stale, one group without advantage."""
+def train_sequences(vocab_size: int = 33, count: int = 14, *, experts: bool = False) -> list[TrainSequence]:
+    """Sequences of 1 to 17 tokens in groups of two, some stale, one group without advantage.
+
+    With ``experts`` most have records of 2 of 4 experts in 2 layers, with gaps.
+    """
     rng = np.random.default_rng(7)
     sequences = []
     for i in range(count):
@@ -36,10 +41,17 @@ def train_sequences(vocab_size: int = 33, count: int = 14) -> list[TrainSequence
                 behavior_logprobs=rng.normal(-3.5, 0.5, n).astype(np.float32),
                 advantages=0.0 if i // 2 == 1 else float(rng.normal()),
                 staleness=staleness,
+                routed_experts=recorded_experts(np.random.default_rng(i), n) if experts and i % 3 else None,
                 group=i // 2,
             )
         )
     return sequences
+
+
+def recorded_experts(rng: np.random.Generator, tokens: int) -> NDArray[np.int16]:
+    chosen = rng.random((tokens, 2, 4)).argsort(-1)[..., :2].astype(np.int16)
+    chosen[-1] = NOT_RECORDED
+    return chosen
 
 
 def config_for(megatron: dict[str, Any], **sections: Any) -> Config:
@@ -52,7 +64,7 @@ def config_for(megatron: dict[str, Any], **sections: Any) -> Config:
 def run(config: Config, checkpoint: Path, out: Path) -> None:
     """Write ``out.json`` and ``out.safetensors``: what each step reported, log-probs and weights at the end."""
     trainer = Trainer.build(config, checkpoint)
-    sequences = train_sequences()
+    sequences = train_sequences(experts=trainer.model.architecture.experts is not None)
     supervised = [(s.token_ids, s.loss_mask) for s in sequences]
     results = [trainer.train_supervised(supervised, 1e-3)]
     results += [trainer.train_policy(sequences, version) for version in range(2)]
