@@ -54,7 +54,8 @@ class SwiGLU(MLP):  # type: ignore[misc]
     """Whether the backward pass computes the activation again, from what the first product gave"""
 
     def __init__(self, config: TransformerConfig, **_: object) -> None:
-        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
         gate_up, _bias = self.linear_fc1(hidden_states)
