@@ -17,6 +17,19 @@ Columns = Sequence[NDArray[np.float32]]
 """Per sequence, one number per token [T]; position 0 is 0, since nothing predicts the first token"""
 
 
+_COLUMNS = (
+    "loss_mask",
+    "weight_mask",
+    "behavior_logprobs",
+    "staleness",
+    "advantages",
+    "rewards",
+    "values",
+    "value_targets",
+    "routed_experts",
+)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainSequence:
     """One trajectory, ready to train on: columns with one entry per token, prompt included.
@@ -36,6 +49,12 @@ class TrainSequence:
     """[T], or one number for all tokens"""
     staleness: NDArray[np.int64]
     """[T], learner version − the token's version"""
+    rewards: NDArray[np.float32] | None = None
+    """[T], what each token earned; where a critic makes advantages of them"""
+    values: NDArray[np.float32] | None = None
+    """[T], the critic's before the batch"""
+    value_targets: NDArray[np.float32] | None = None
+    """[T], what they should have been"""
     routed_experts: NDArray[np.int16] | None = None
     """[T, layers, experts per token] that the engine recorded, −1 where it did not"""
     group: int = 0
@@ -43,7 +62,7 @@ class TrainSequence:
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
-        for name in ("loss_mask", "weight_mask", "behavior_logprobs", "staleness", "advantages", "routed_experts"):
+        for name in _COLUMNS:
             column = getattr(self, name)
             if column is not None and np.ndim(column) and len(column) != n:
                 raise ValueError(f"{name} has {len(column)} entries for {n} tokens: columns are per token")

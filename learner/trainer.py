@@ -33,7 +33,9 @@ from slime_async.correction import (
     batch_statistics,
     policy_loss,
 )
-from slime_async.learner.megatron.batch import Microbatch, column_logprobs, make_microbatch
+from slime_async.learner.critic import critic_loss, with_estimates
+from slime_async.learner.critic import shown as critic_shown
+from slime_async.learner.megatron.batch import Microbatch, column_logprobs, column_values, make_microbatch
 from slime_async.learner.megatron.checkpoint import StateWrite, begin_write, read_state
 from slime_async.learner.megatron.model import LearnerModel, build_model
 from slime_async.learner.megatron.optimization import (
@@ -131,6 +133,10 @@ class Trainer:
         advantage is 0 everywhere has no gradient: it is counted in the denominators, but not computed.
         """
         algorithm, learner = self._config.algorithm, self._config.learner
+        judged: dict[str, float] = {}
+        if self._config.has_critic:
+            values = self.values([s.token_ids for s in sequences], self._routes(sequences))
+            sequences, judged = with_estimates(self._config.critic, sequences, values)
         minibatches = split_minibatches([s.group for s in sequences], learner.optimizer_steps)
         needs_prox = algorithm.prox == "recompute" and (learner.optimizer_steps > 1 or algorithm.needs_batch_statistics)
         with self._phase("prox", needs_prox or algorithm.needs_reference):
@@ -140,7 +146,9 @@ class Trainer:
         if algorithm.needs_batch_statistics:
             statistics = batch_statistics(algorithm, [policy_batch(sequences, prox, None, torch.device("cpu"))])
         steps = [self._policy_step(sequences, indices, prox, reference, statistics) for indices in minibatches]
-        losses, norms, computed, counted, sums = zip(*steps, strict=True)
+        losses, norms, computed, counted, sums, values_sums = zip(*steps, strict=True)
+        if self._config.has_critic:
+            judged |= critic_shown(sum(values_sums), sum(counted))
         merged = MetricSums.zero(self._model.device)
         for part in sums:
             merged = merged.merge(part)
@@ -150,7 +158,7 @@ class Trainer:
             learning_rate=self._warmed_up_rate(self._steps - 1),
             tokens_computed=sum(computed),
             tokens_counted=sum(counted),
-            metrics=merged.finalise(),
+            metrics=merged.finalise() | judged,
         )
 
     def train_supervised(
@@ -167,7 +175,7 @@ class Trainer:
             mask = torch.from_numpy(np.concatenate([*masks, np.zeros(0)])).to(logprobs)
             share = -(logprobs * mask).sum() / max(counted, 1)
             total.add_(share.detach())
-            return share
+            return share + self._untrained_values(microbatch, hidden)
 
         microbatches = self._share(tokens, range(len(tokens)))
         norm = optimize(self._model, lambda: run_microbatches(self._model, microbatches, loss), learning_rate)
@@ -180,11 +188,30 @@ class Trainer:
 
         Position 0 is 0. Every rank gets all sequences. ``routes`` are the experts to take, per sequence.
         """
+
+        def column(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            return column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=False)[0]
+
+        return self._columns(sequences, routes, column)
+
+    def values(self, sequences: Sequence[NDArray[np.int32]], routes: Routes = ()) -> list[NDArray[np.float32]]:
+        """The critic's value of the state before every token: [T] per sequence of token ids; position 0 is 0."""
+        return self._columns(
+            sequences, routes, lambda microbatch, hidden: column_values(self._model, microbatch, hidden)
+        )
+
+    def _columns(
+        self,
+        sequences: Sequence[NDArray[np.int32]],
+        routes: Routes,
+        compute: Callable[[Microbatch, Tensor], Tensor],
+    ) -> list[NDArray[np.float32]]:
+        """A forward pass over all sequences, and one number per token of it on every rank."""
         ends = np.cumsum([len(s) for s in sequences])
         flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self._model.device)
 
         def collect(microbatch: Microbatch, hidden: Tensor) -> Tensor:
-            columns, _ = column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=False)
+            columns = compute(microbatch, hidden)
             spans = [np.arange(ends[i] - len(sequences[i]) + 1, ends[i]) for i in microbatch.indices]
             rows = torch.from_numpy(np.concatenate([*spans, np.zeros(0, dtype=np.int64)]))
             flat[rows.to(flat.device)] = columns.detach()
@@ -269,15 +296,16 @@ class Trainer:
         prox: Columns | None,
         reference: Columns | None,
         statistics: BatchStatistics | None,
-    ) -> tuple[float, float, int, int, MetricSums]:
-        """One optimizer step; loss, gradient norm, tokens computed and counted, metric sums of all ranks."""
+    ) -> tuple[float, float, int, int, MetricSums, Tensor]:
+        """One optimizer step; loss, gradient norm, tokens computed and counted, sums of all ranks for the metrics."""
         algorithm = self._config.algorithm
         sampled = [sequences[i].sampled_tokens for i in minibatch]
         denominators = Denominators(tokens=sum(sampled), sequences=sum(n > 0 for n in sampled))
-        skips = algorithm.kl_coef == 0 and algorithm.entropy_coef == 0
+        skips = algorithm.kl_coef == 0 and algorithm.entropy_coef == 0 and not self._config.has_critic
         computed = [i for i in minibatch if sequences[i].has_advantage or not skips]
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         sums = [MetricSums.zero(self._model.device)]
+        value_sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
 
         def loss(microbatch: Microbatch, hidden: Tensor) -> Tensor:
             current, entropy = column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=True)
@@ -289,9 +317,16 @@ class Trainer:
                 self._model.device,
             )
             result = policy_loss(algorithm, current, entropy, batch, denominators, statistics)
-            total.add_(result.loss.detach())
+            whole = result.loss
+            if self._config.has_critic:
+                values = column_values(self._model, microbatch, hidden)
+                own = [sequences[i] for i in chosen]
+                share, parts = critic_loss(self._config.critic, values, own, float(denominators.tokens))
+                whole = whole + share
+                value_sums.add_(parts)
+            total.add_(whole.detach())
             sums[0] = sums[0].merge(result.sums)
-            return result.loss
+            return whole
 
         microbatches = self._share([s.token_ids for s in sequences], computed, self._routes(sequences))
         rate = self._warmed_up_rate(self._steps)
@@ -311,7 +346,8 @@ class Trainer:
             sum_over_data_and_pipeline(sums[0].maxima, dist.ReduceOp.MAX),
         )
         tokens = sum(len(sequences[i].token_ids) for i in computed)
-        return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined
+        values_joined = sum_over_data_and_pipeline(value_sums).cpu()
+        return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined, values_joined
 
     @contextmanager
     def _phase(self, name: str, happens: bool = True) -> Iterator[None]:
@@ -319,6 +355,10 @@ class Trainer:
         yield
         if self.on_phase is not None and happens:
             self.on_phase(name, begun, time.monotonic_ns())
+
+    def _untrained_values(self, microbatch: Microbatch, hidden: Tensor) -> Tensor | float:
+        """Nothing, with a gradient of nothing: a critic's parameters take part in every backward pass."""
+        return 0.0 * column_values(self._model, microbatch, hidden).sum() if self._config.has_critic else 0.0
 
     def _routes(self, sequences: Sequence[TrainSequence]) -> Routes:
         routes = [s.routed_experts for s in sequences]

@@ -148,6 +148,15 @@ def column_logprobs(
     return _whole_columns(microbatch, logprobs), None if entropies is None else _whole_columns(microbatch, entropies)
 
 
+def column_values(model: LearnerModel, microbatch: Microbatch, hidden: Tensor) -> Tensor:
+    """The critic's values [Σ (T − 1)] of the states in which the columns' tokens were chosen, with gradient."""
+    values = model.value_head(hidden)
+    if model.config.sequence_parallel:
+        group = parallel_state.get_tensor_model_parallel_group()
+        values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=group)
+    return _whole_columns(microbatch, values)
+
+
 def _whole_columns(microbatch: Microbatch, local: Tensor) -> Tensor:
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:

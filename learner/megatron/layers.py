@@ -47,6 +47,21 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class ValueHead(torch.nn.Module):
+    """A critic's: one number per hidden state, 0 before it is trained."""
+
+    def __init__(self, config: TransformerConfig, *, train_trunk: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._train_trunk = train_trunk
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P / sp, 1, h] → [P / sp] in fp32"""
+        hidden = hidden if self._train_trunk else hidden.detach()
+        return (hidden[:, 0].float() * self.weight.float()).sum(-1)
+
+
 class SwiGLU(MLP):  # type: ignore[misc]
     """Megatron's dense MLP with the fused activation."""
 

@@ -24,7 +24,7 @@ from slime_async.config.schema import Config
 from slime_async.learner.megatron import compat
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.attention import has_varlen_kernel
-from slime_async.learner.megatron.layers import block_spec, has_transformer_engine
+from slime_async.learner.megatron.layers import ValueHead, block_spec, has_transformer_engine
 from slime_async.learner.megatron.options import (
     Layout,
     MegatronOptions,
@@ -59,6 +59,12 @@ class LearnerModel:
         """[V / tp, h], of the last pipeline stage."""
         weight: Tensor = self.ddp.module.output_matrix()
         return weight
+
+    @property
+    def value_head(self) -> torch.nn.Module:
+        """The critic's, of the last pipeline stage."""
+        head: torch.nn.Module = self.ddp.module.value_head
+        return head
 
     @property
     def rotary_frequencies(self) -> Tensor:
@@ -98,6 +104,8 @@ def build_model(
     layers = architecture.layers // options.layout.pipeline
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
     replay_in(module)
+    if config.has_critic and module.post_process:
+        module.value_head = ValueHead(model_config, train_trunk=config.critic.train_trunk).to(device)
     if not random_weights:
         WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
     ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)

@@ -252,6 +252,23 @@ class LearnerConfig(Section):
     checkpoint.interval_steps it never is"""
 
 
+class CriticConfig(Section):
+    """The critic that ``algorithm.advantage = "gae"`` trains: a head of its own on the policy's last hidden states."""
+
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per sampled token"""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """1 trusts returns, 0 trusts the critic's next value"""
+    normalize: bool = True
+    """Bring the batch's advantages to mean 0 and standard deviation 1"""
+    loss_coef: float = Field(0.5, gt=0)
+    """Weight of the value loss beside the policy's"""
+    clip: PositiveFloat | None = 0.2
+    """How far a value may move from what it was before the batch and still count as better; not clipped when not set"""
+    train_trunk: bool = True
+    """Let the value loss change the policy's own weights too; false trains the head alone"""
+
+
 class CheckpointConfig(Section):
     """What a learner goes on from after its death or with --resume, and exports for others."""
 
@@ -356,6 +373,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weights: WeightsConfig = WeightsConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -365,6 +383,11 @@ class Config(Section):
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's model, DDP and optimizer configs, by their own names"""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value head is trained."""
+        return self.algorithm.advantage == "gae"
 
     @property
     def hub_restarts(self) -> int:

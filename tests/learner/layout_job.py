@@ -42,6 +42,7 @@ def train_sequences(vocab_size: int = 33, count: int = 14, *, experts: bool = Fa
                 advantages=0.0 if i // 2 == 1 else float(rng.normal()),
                 staleness=staleness,
                 routed_experts=recorded_experts(np.random.default_rng(i), n) if experts and i % 3 else None,
+                rewards=np.where(np.arange(n) == n - 1, float(i % 3), 0.0).astype(np.float32),
                 group=i // 2,
             )
         )
@@ -54,10 +55,10 @@ def recorded_experts(rng: np.random.Generator, tokens: int) -> NDArray[np.int16]
     return chosen
 
 
-def config_for(megatron: dict[str, Any], **sections: Any) -> Config:
+def config_for(megatron: dict[str, Any], *, advantage: str = "grpo", **sections: Any) -> Config:
     """Several optimizer steps and several microbatches per batch."""
     learner = {"learning_rate": 1e-3, "optimizer_steps": 2, "microbatch_tokens": 48, "weight_decay": 0.1}
-    algorithm = {"entropy_coef": 0.01, "weight": "truncate", "weight_upper": 2.0}
+    algorithm = {"advantage": advantage, "entropy_coef": 0.01, "weight": "truncate", "weight_upper": 2.0}
     return Config(**{"learner": learner, "algorithm": algorithm, "megatron": megatron} | sections)
 
 
@@ -82,7 +83,8 @@ def main() -> None:
     for number, text in enumerate(sys.argv[3:]):
         layout = json.loads(text)
         os.environ["MASTER_PORT"] = str(layout.pop("port"))
-        run(config_for(layout), checkpoint, out / f"layout{number}")
+        advantage = layout.pop("advantage", "grpo")
+        run(config_for(layout, advantage=advantage), checkpoint, out / f"layout{number}")
 
 
 if __name__ == "__main__":
