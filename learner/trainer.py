@@ -35,6 +35,7 @@ from slime_async.correction import (
 )
 from slime_async.learner.critic import critic_loss, with_estimates
 from slime_async.learner.critic import shown as critic_shown
+from slime_async.learner.megatron.balance import auxiliary_losses_over, auxiliary_sums
 from slime_async.learner.megatron.batch import Microbatch, column_logprobs, column_values, make_microbatch
 from slime_async.learner.megatron.checkpoint import StateWrite, begin_write, read_state
 from slime_async.learner.megatron.model import LearnerModel, build_model
@@ -82,6 +83,20 @@ class Counters(NamedTuple):
     """After the warm-up"""
     holds_reference: bool
     """Whether the weights of the KL term's π_ref are held"""
+
+
+class OptimizerStep(NamedTuple):
+    """What one optimizer step of a batch did, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    tokens_computed: int
+    tokens_counted: int
+    sums: MetricSums
+    value_sums: Tensor
+    """Of ``critic_loss``"""
+    routers: dict[str, float]
+    """Auxiliary losses of a mixture of experts"""
 
 
 class Trainer:
@@ -146,19 +161,19 @@ class Trainer:
         if algorithm.needs_batch_statistics:
             statistics = batch_statistics(algorithm, [policy_batch(sequences, prox, None, torch.device("cpu"))])
         steps = [self._policy_step(sequences, indices, prox, reference, statistics) for indices in minibatches]
-        losses, norms, computed, counted, sums, values_sums = zip(*steps, strict=True)
+        counted = sum(step.tokens_counted for step in steps)
         if self._config.has_critic:
-            judged |= critic_shown(sum(values_sums), sum(counted))
+            judged |= critic_shown(torch.stack([step.value_sums for step in steps]).sum(0), counted)
         merged = MetricSums.zero(self._model.device)
-        for part in sums:
-            merged = merged.merge(part)
+        for step in steps:
+            merged = merged.merge(step.sums)
         return StepResult(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
+            loss=float(np.mean([step.loss for step in steps])),
+            grad_norm=float(np.mean([step.grad_norm for step in steps])),
             learning_rate=self._warmed_up_rate(self._steps - 1),
-            tokens_computed=sum(computed),
-            tokens_counted=sum(counted),
-            metrics=merged.finalise() | judged,
+            tokens_computed=sum(step.tokens_computed for step in steps),
+            tokens_counted=counted,
+            metrics=merged.finalise() | judged | steps[-1].routers,
         )
 
     def train_supervised(
@@ -296,8 +311,7 @@ class Trainer:
         prox: Columns | None,
         reference: Columns | None,
         statistics: BatchStatistics | None,
-    ) -> tuple[float, float, int, int, MetricSums, Tensor]:
-        """One optimizer step; loss, gradient norm, tokens computed and counted, sums of all ranks for the metrics."""
+    ) -> OptimizerStep:
         algorithm = self._config.algorithm
         sampled = [sequences[i].sampled_tokens for i in minibatch]
         denominators = Denominators(tokens=sum(sampled), sequences=sum(n > 0 for n in sampled))
@@ -337,7 +351,9 @@ class Trainer:
                 run_microbatches(self._model, microbatches, loss)
             ends.append(time.monotonic_ns())
 
-        norm = optimize(self._model, accumulate, rate)
+        tokens = sum(len(sequences[i].token_ids) for i in computed)
+        with auxiliary_losses_over(self._model, tokens):
+            norm = optimize(self._model, accumulate, rate)
         if self.on_phase is not None:
             self.on_phase("optimizer", ends[0], time.monotonic_ns())
         self._steps += 1
@@ -345,9 +361,15 @@ class Trainer:
             sum_over_data_and_pipeline(sums[0].sums),
             sum_over_data_and_pipeline(sums[0].maxima, dist.ReduceOp.MAX),
         )
-        tokens = sum(len(sequences[i].token_ids) for i in computed)
-        values_joined = sum_over_data_and_pipeline(value_sums).cpu()
-        return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined, values_joined
+        return OptimizerStep(
+            loss=float(sum_over_data_and_pipeline(total)),
+            grad_norm=norm,
+            tokens_computed=tokens,
+            tokens_counted=int(denominators.tokens),
+            sums=joined,
+            value_sums=sum_over_data_and_pipeline(value_sums).cpu(),
+            routers=auxiliary_sums(self._model, len(microbatches)),
+        )
 
     @contextmanager
     def _phase(self, name: str, happens: bool = True) -> Iterator[None]:

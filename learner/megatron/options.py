@@ -124,6 +124,11 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
         not sequence_parallel or tensor > 1,
         "sequence_parallel = true needs tensor_model_parallel_size above 1, but it is 1",
     )
+    balancing = options.get("moe_router_load_balancing_type", "none")
+    _require(
+        balancing in ("none", "aux_loss"),
+        f"moe_router_load_balancing_type = {balancing!r}: the learner takes 'aux_loss' (per microbatch) or 'none'",
+    )
     if model.experts is None:
         _require(expert == 1, f"expert_model_parallel_size = {expert}, but the model has no experts: set it to 1")
     else:
