@@ -1,8 +1,8 @@
 """Gradients of weight matrices, added to Megatron's fp32 buffers by the matrix product itself.
 
 Megatron-core has this through Apex's CUDA extension (``gradient_accumulation_fusion``). cuBLAS can do it as well: bf16
-in, fp32 out, added to what is there; torch has it as ``addmm`` with ``out_dtype``. It saves a bf16 copy of every weight's
-gradient and one more pass over the fp32 buffer.
+in, fp32 out, added to what is there; torch has it as ``addmm`` with ``out_dtype``. It saves a bf16 copy of every
+weight's gradient and one more pass over the fp32 buffer.
 """
 
 from __future__ import annotations
