@@ -18,14 +18,22 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from slime_async.config.schema import Config
-from slime_async.learner.megatron import compat
+from slime_async.learner.megatron import compat, weight_gradients
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.attention import has_varlen_kernel
-from slime_async.learner.megatron.layers import block_spec, has_transformer_engine
-from slime_async.learner.megatron.options import Layout, MegatronOptions, check_layout, parse_options
+from slime_async.learner.megatron.layers import ValueHead, block_spec, has_transformer_engine
+from slime_async.learner.megatron.options import (
+    Layout,
+    MegatronOptions,
+    check_layout,
+    parse_options,
+    with_recomputed_norms,
+)
 from slime_async.learner.megatron.parallel import initialize, world_size_from_environment
+from slime_async.learner.megatron.replay import replay_in
 from slime_async.learner.megatron.weights import WeightMap
 from slime_async.telemetry.progress import Progress, silent
 
@@ -43,10 +51,30 @@ class LearnerModel:
     device: torch.device
     dense_attention: bool
     """Whether attention takes an ``AttentionPlan``"""
+    keep_logits: bool
+    """Whether training keeps logits from the forward to the backward pass"""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V / tp, h], of the last pipeline stage."""
+        weight: Tensor = self.ddp.module.output_matrix()
+        return weight
+
+    @property
+    def value_head(self) -> torch.nn.Module:
+        """The critic's, of the last pipeline stage."""
+        head: torch.nn.Module = self.ddp.module.value_head
+        return head
+
+    @property
+    def rotary_frequencies(self) -> Tensor:
+        """[dim / 2], radians per position"""
+        frequencies: Tensor = self.ddp.module.rotary_pos_emb.inv_freq
+        return frequencies
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes logits."""
+        """Whether this rank computes log-probabilities."""
         return bool(parallel_state.is_pipeline_last_stage())
 
     @property
@@ -55,19 +83,31 @@ class LearnerModel:
         return 2 * self.layout.context if self.layout.context > 1 else 1
 
 
-def build_model(config: Config, checkpoint: Path, on_progress: Progress = silent) -> LearnerModel:
-    """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed."""
+def build_model(
+    config: Config, checkpoint: Path, on_progress: Progress = silent, *, random_weights: bool = False
+) -> LearnerModel:
+    """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed.
+
+    With ``random_weights`` the checkpoint needs only its config.json: weights stay as Megatron initialises them.
+    """
     architecture = Architecture.read(checkpoint)
     options = parse_options(config.megatron, world_size_from_environment())
     check_layout(options.layout, architecture, config.megatron)
     compat.install()
     device = initialize(options.layout, config.run.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
+    if config.learner.recompute_elementwise:
+        options = with_recomputed_norms(options)
     model_config = transformer_config(architecture, options, dtype)
-    module = _gpt_model(architecture, model_config, options.layout)
+    recompute = config.learner.recompute_elementwise
+    module = _gpt_model(architecture, model_config, options.layout, recompute_elementwise=recompute)
     layers = architecture.layers // options.layout.pipeline
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
-    WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
+    replay_in(module)
+    if config.has_critic and module.post_process:
+        module.value_head = ValueHead(model_config, train_trunk=config.critic.train_trunk).to(device)
+    if not random_weights:
+        WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
     ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)
     return LearnerModel(
         architecture=architecture,
@@ -78,6 +118,7 @@ def build_model(config: Config, checkpoint: Path, on_progress: Progress = silent
         weights=WeightMap(architecture, module, first_layer, layers),
         device=device,
         dense_attention=not (has_transformer_engine() or has_varlen_kernel(dtype, options.layout.context)),
+        keep_logits=config.learner.keep_logits,
     )
 
 
@@ -104,11 +145,11 @@ def transformer_config(model: Architecture, options: MegatronOptions, dtype: tor
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "bias_activation_fusion": fused,
-        "bias_dropout_fusion": fused,
+        "bias_dropout_fusion": False,  # without bias and dropout an addition is left
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": weight_gradients.available(),
         "use_cpu_initialization": not torch.cuda.is_available(),
         "variable_seq_lengths": True,  # packed batches differ in length, and pipeline stages must learn of it
         "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths
@@ -132,10 +173,25 @@ def padded_vocabulary(model: Architecture, layout: Layout) -> int:
     return -(-model.vocab_size // layout.tensor) * layout.tensor
 
 
-def _gpt_model(model: Architecture, config: TransformerConfig, layout: Layout) -> GPTModel:
-    module = GPTModel(
+class PackedGPT(GPTModel):  # type: ignore[misc]
+    """A GPTModel whose last stage gives hidden states: ``logprob`` makes of them what a loss needs."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+    def output_matrix(self) -> Tensor:
+        """[V / tp, h]; the embedding's weight where they are tied."""
+        tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
+
+def _gpt_model(
+    model: Architecture, config: TransformerConfig, layout: Layout, *, recompute_elementwise: bool
+) -> PackedGPT:
+    module = PackedGPT(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, recompute_elementwise=recompute_elementwise),
         vocab_size=padded_vocabulary(model, layout),
         max_sequence_length=model.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -146,11 +202,12 @@ def _gpt_model(model: Architecture, config: TransformerConfig, layout: Layout) -
         rope_scaling_factor=model.rope_factor or 1.0,
         share_embeddings_and_output_weights=model.tied,
     )
-    return module.to(config.params_dtype).cuda()
+    module.to(config.params_dtype).cuda()
+    return module
 
 
 def _ddp_and_optimizer(
-    config: Config, model_config: TransformerConfig, module: GPTModel, options: MegatronOptions, dtype: torch.dtype
+    config: Config, model_config: TransformerConfig, module: PackedGPT, options: MegatronOptions, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | options.ddp)
     ddp = DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module)
@@ -167,6 +224,7 @@ def _ddp_and_optimizer(
     }
     with compat.types_named_as_on_cuda(ddp.parameters()):
         optimizer = get_megatron_optimizer(OptimizerConfig(**ours | options.optimizer), [ddp])
+    compat.fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = _add_up_gradients
     if ddp_config.overlap_grad_reduce:

@@ -126,8 +126,10 @@ def _begin_moments(model: LearnerModel) -> None:
 def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Torch counts Adam's steps per parameter; fused optimizers of others do it per group."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(steps))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                device = parameter.device if group.get("fused") else "cpu"
+                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=device)
     else:
         for group in optimizer.param_groups:
             group["step"] = steps

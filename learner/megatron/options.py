@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -76,6 +76,17 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
     return MegatronOptions(layout, model, ddp, optimizer)
 
 
+def with_recomputed_norms(options: MegatronOptions) -> MegatronOptions:
+    """Megatron's part of ``learner.recompute_elementwise``. Raises ``ConfigError`` beside its own recomputation."""
+    if "recompute_granularity" in options.model:
+        raise ConfigError(
+            f"learner.recompute_elementwise = true and megatron.recompute_granularity = "
+            f"'{options.model['recompute_granularity']}' exclude each other: choose one"
+        )
+    norms = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    return replace(options, model=options.model | norms)
+
+
 _CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 
 
@@ -112,6 +123,11 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
     _require(
         not sequence_parallel or tensor > 1,
         "sequence_parallel = true needs tensor_model_parallel_size above 1, but it is 1",
+    )
+    balancing = options.get("moe_router_load_balancing_type", "none")
+    _require(
+        balancing in ("none", "aux_loss"),
+        f"moe_router_load_balancing_type = {balancing!r}: the learner takes 'aux_loss' (per microbatch) or 'none'",
     )
     if model.experts is None:
         _require(expert == 1, f"expert_model_parallel_size = {expert}, but the model has no experts: set it to 1")

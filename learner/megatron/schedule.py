@@ -12,7 +12,7 @@ from slime_async.learner.megatron.batch import Microbatch
 from slime_async.learner.megatron.model import LearnerModel
 
 LossFunction = Callable[[Microbatch, Tensor], Tensor]
-"""(microbatch, logits [1, P, V/tp]) → this microbatch's share of the global loss; called on the last stage"""
+"""(microbatch, hidden states [P / sp, 1, h]) → this microbatch's share of the global loss; called on the last stage"""
 
 
 def run_microbatches(
@@ -27,12 +27,12 @@ def run_microbatches(
         batches: Iterator[Microbatch], module: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, None]]]:
         microbatch = next(batches)
-        logits = module(microbatch.tokens, microbatch.positions, None, packed_seq_params=microbatch.packed)
+        hidden = module(microbatch.tokens, microbatch.positions, None, packed_seq_params=microbatch.packed)
 
-        def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, None]:
-            return loss(microbatch, logits), torch.zeros((), dtype=torch.int), None
+        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+            return loss(microbatch, hidden), torch.zeros((), dtype=torch.int), None
 
-        return logits, loss_of
+        return hidden, loss_of
 
     schedule = get_forward_backward_func()
     schedule(

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slime_async.learner.megatron.architecture import Architecture
-from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
+from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, VALUE_HEAD, Unit, global_name, units
 from slime_async.learner.snapshots import Place
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.telemetry.progress import Progress, silent
@@ -68,7 +68,8 @@ class WeightMap:
         experts = architecture.experts.count if architecture.experts else 0
         self._experts_per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
         first_expert = parallel_state.get_expert_model_parallel_rank() * self._experts_per_rank
-        named = ((global_name(n, first_layer, first_expert), p) for n, p in module.named_parameters())
+        exported = ((n, p) for n, p in module.named_parameters() if not n.startswith(VALUE_HEAD))
+        named = ((global_name(n, first_layer, first_expert), p) for n, p in exported)
         self._parameters = dict(named)
         self._layers_per_stage = layers
         parameter = next(module.parameters())
