@@ -394,7 +394,8 @@ class Trainer:
     ) -> list[Microbatch]:
         """This DP rank's microbatches of the chosen sequences."""
         lengths = [-(-len(tokens[i]) // self._model.alignment) * self._model.alignment for i in indices]
-        packing = pack(lengths, self._config.learner.microbatch_tokens, parallel_state.get_data_parallel_world_size())
+        layout, budget = self._model.layout, self._config.learner.microbatch_tokens
+        packing = pack(lengths, budget, layout.data, layout.pipeline if layout.virtual > 1 else 1)
         mine = packing.ranks[parallel_state.get_data_parallel_rank()]
         chosen = [[indices[i] for i in microbatch] for microbatch in mine]
         return [

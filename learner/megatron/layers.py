@@ -98,8 +98,10 @@ def kept_as(tensor: Tensor, recompute: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
-def block_spec(config: TransformerConfig, *, recompute_elementwise: bool) -> TransformerBlockSubmodules | ModuleSpec:
-    """What this pipeline stage's decoder is made of."""
+def block_spec(
+    config: TransformerConfig, virtual_stage: int | None, *, recompute_elementwise: bool
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """What this (virtual) pipeline stage's decoder is made of."""
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -107,7 +109,9 @@ def block_spec(config: TransformerConfig, *, recompute_elementwise: bool) -> Tra
             qk_layernorm=config.qk_layernorm,
         )
     layer = torch_layer_spec(config, RecomputedSwiGLU if recompute_elementwise else SwiGLU)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=RMSNorm
+    )
 
 
 def torch_layer_spec(config: TransformerConfig, dense: type[SwiGLU]) -> ModuleSpec:

@@ -42,7 +42,7 @@ def parameter_states(model: LearnerModel) -> dict[Parameter, ParameterState]:
 
 def blank_states(model: LearnerModel) -> dict[Parameter, ParameterState]:
     """Zeros in host memory, as ``parameter_states`` would have them on every rank, to be filled from a checkpoint."""
-    return {p: {n: torch.zeros(p.shape) for n in _names(p)} for p in model.ddp.parameters()}
+    return {p: {n: torch.zeros(p.shape) for n in _names(p)} for p in model.parameters()}
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ class Layout:
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers per pipeline stage; several are interleaved"""
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
@@ -69,6 +71,7 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
         world_size=world_size,
         tensor=tensor,
         pipeline=options.get("pipeline_model_parallel_size", 1),
+        virtual=options.get("virtual_pipeline_model_parallel_size", 1),
         context=options.get("context_parallel_size", 1),
         expert=options.get("expert_model_parallel_size", 1),
         expert_tensor=options.get("expert_tensor_parallel_size", tensor),
@@ -103,7 +106,10 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
     """Raises ``ConfigError`` with the numbers that clash when this model cannot be laid out so."""
     tensor, pipeline, context, expert = layout.tensor, layout.pipeline, layout.context, layout.expert
     ranks = tensor * pipeline * context
-    _require(min(tensor, pipeline, context, expert, layout.expert_tensor) >= 1, "parallel sizes must be at least 1")
+    _require(
+        min(tensor, pipeline, layout.virtual, context, expert, layout.expert_tensor) >= 1,
+        "parallel sizes must be at least 1",
+    )
     _require(
         layout.world_size % ranks == 0,
         f"{layout.world_size} ranks cannot be divided by tensor {tensor} × pipeline {pipeline} × context {context} "
@@ -118,6 +124,17 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
     _require(
         model.layers % pipeline == 0,
         f"{model.layers} layers cannot be divided by pipeline_model_parallel_size = {pipeline}",
+    )
+    virtual = layout.virtual
+    _require(
+        virtual == 1 or pipeline > 2,  # of two stages each is both neighbours of the other, and Megatron mixes them up
+        f"virtual_pipeline_model_parallel_size = {virtual} interleaves three stages or more: set "
+        f"pipeline_model_parallel_size (now {pipeline}) above 2",
+    )
+    _require(
+        model.layers % (pipeline * virtual) == 0,
+        f"{model.layers} layers cannot be divided by pipeline_model_parallel_size {pipeline} × "
+        f"virtual_pipeline_model_parallel_size {virtual} = {pipeline * virtual}",
     )
     sequence_parallel = options.get("sequence_parallel", False)
     _require(

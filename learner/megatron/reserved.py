@@ -43,7 +43,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     "set the field of that name in [learner]": ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad"),
     "dropout would make importance ratios random": ("hidden_dropout", "attention_dropout"),
     "the learner does not support it": (
-        "virtual_pipeline_model_parallel_size",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout",

@@ -20,7 +20,7 @@ def run_microbatches(
 ) -> None:
     """Forward (and backward) over all microbatches; afterwards the gradients are summed over all DP ranks.
 
-    Every DP rank must bring equally many microbatches.
+    Every DP rank must bring equally many microbatches; where stages are interleaved, a multiple of their number.
     """
 
     def forward_step(
@@ -34,11 +34,13 @@ def run_microbatches(
 
         return hidden, loss_of
 
+    chunks = model.chunks
+    interleaved = len(chunks) > 1
     schedule = get_forward_backward_func()
     schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(microbatches),
-        model=model.ddp,
+        data_iterator=[iter(microbatches) for _ in chunks] if interleaved else iter(microbatches),
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(microbatches),
         seq_length=microbatches[0].tokens.size(1),
         micro_batch_size=1,

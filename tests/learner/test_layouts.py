@@ -79,6 +79,11 @@ def test_two_ranks_in_every_layout_train_as_one(checkpoints: Callable[[str], Pat
     compare(2, list(TWO_RANKS.values()), checkpoints("qwen3"), tmp_path)
 
 
+def test_interleaved_pipeline_stages_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    interleaved = {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}
+    compare(3, [interleaved | TWO_RANKS["DP2"]], checkpoints("qwen3-deep"), tmp_path)
+
+
 @pytest.mark.slow
 def test_untied_pipeline_and_biased_tensor_parallel_train_as_one(
     checkpoints: Callable[[str], Path], tmp_path: Path
