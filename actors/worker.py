@@ -7,15 +7,18 @@
         ── JoinWeightGroup, Pause, Receive, Resume ─────────────────────► engine
 
 Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
-without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, or with
-the first background task that fails.
+without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, with
+the first background task that fails, or when it is told to leave: then it takes nothing new, finishes what it has begun
+as long as ``actor.drain_timeout_s`` allows, and returns the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ from slime_async.protocol import (
     Granted,
     Hello,
     JoinWeightGroup,
+    Leaving,
     Message,
     Ok,
     PauseEngine,
@@ -60,8 +64,16 @@ DELIVERY_TIMEOUT_S = 120.0
 """A trajectory that a hub which is there has not acknowledged by then fails the actor: another is granted it."""
 
 
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""A scheduler's notice: Kubernetes and most others send the first, Slurm may be told to send the second"""
+
+
 class RunOver(Exception):
     """The hub said that the run is over."""
+
+
+class Left(Exception):
+    """We were told to leave, and have finished what could be finished."""
 
 
 class RunEnded(RuntimeError):
@@ -89,11 +101,28 @@ class Worker:
         self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
         self._held: dict[tuple[TrajectoryKey, int], Reservation] = {}
         """Granted, and neither delivered nor failed: what this actor tells a hub that it comes back to"""
+        self._idle = asyncio.Event()
+        """Nothing is held"""
+        self._idle.set()
+        self._settled = asyncio.Event()
+        """No publication is under way that counts on this engine"""
+        self._settled.set()
+        self._told_to_leave = asyncio.Event()
+        self._patience: asyncio.Timeout | None = None
         self._latest: tuple[Message, asyncio.Task[Message]] | None = None
         """The learner's latest command: it comes again when its answer was lost with a connection"""
 
-    async def run(self, hub_address: str) -> None:
-        """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
+    def leave(self) -> None:
+        """Finish what has begun, and go; at once when this is called again."""
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
+        self._told_to_leave.set()
+
+    async def run(self, hub_address: str, leave_on: Iterable[signal.Signals] = ()) -> bool:
+        """Until the hub says that the run is over (False), or until it has left as it was told (True).
+
+        Once it has joined, ``leave_on`` call ``leave``. Raises what broke: the connection, the engine, a bug of ours.
+        """
         await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
         hello = Hello(
             role="actor",
@@ -109,23 +138,46 @@ class Worker:
             handler=self._handle,
             security=client_security(hub),
             reconnect_s=hub.reconnect_s,
-            refreshed_hello=lambda: replace(hello, running=tuple(self._held.values())),
+            refreshed_hello=lambda: replace(
+                hello, running=tuple(self._held.values()), slots=0 if self._told_to_leave.is_set() else hello.slots
+            ),
         )
+        for number in leave_on:
+            asyncio.get_running_loop().add_signal_handler(number, self.leave)
+        left = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
                 tasks.create_task(self._report_regularly(self._client), name="report")
                 tasks.create_task(keep_aligned(self._client, self._spans.recorder), name="clock")
                 tasks.create_task(self._end_when_told(), name="shutdown")
+                tasks.create_task(self._leave_when_told(), name="leave")
                 tasks.create_task(self._play_what_is_granted(tasks), name="grants")
         except* RunOver:
             log.info("the run is over")
+        except* Left:
+            left = True
         finally:
             if self._latest is not None:
                 self._latest[1].cancel()
             await self._client.close()
             await self._engine.close()
             self._spans.close()
+        return left
+
+    async def _leave_when_told(self) -> None:
+        """*Waits for* the word to leave; *unblocked by* the last delivery, or by time."""
+        assert self._client is not None
+        await self._told_to_leave.wait()
+        log.info("leaving: %d episodes to finish", len(self._held))
+        try:
+            async with asyncio.timeout(self._config.actor.drain_timeout_s) as self._patience:
+                await self._client.call(Leaving(), self._delivery_timeout_s, retry=True)
+                await self._idle.wait()
+                await self._settled.wait()
+        except TimeoutError:
+            log.warning("leaving with %d episodes unfinished: they are generated elsewhere", len(self._held))
+        raise Left
 
     async def _end_when_told(self) -> None:
         shutdown = await self._shutdown
@@ -140,6 +192,7 @@ class Worker:
             case Granted():
                 for reservation in message.reservations:
                     self._held[reservation.key, reservation.attempt] = reservation
+                    self._idle.clear()
                     self._granted.put_nowait(reservation)
                 return None
             case Shutdown():
@@ -165,8 +218,10 @@ class Worker:
         self._check_engine(message)
         match message:
             case PrepareWeights():
+                self._settled.clear()
                 await self._engine.status()
             case JoinWeightGroup():
+                self._settled.clear()
                 await self._engine.join_weight_group(message.spec, message.rank_offset)
             case PauseEngine():
                 self._spans.pause()
@@ -178,6 +233,7 @@ class Worker:
             case ResumeEngine():
                 await self._engine.resume()
                 self._spans.resume()
+                self._settled.set()
             case _:
                 raise ValueError(f"{type(message).__name__} is nothing that an actor does")
         return Ok()
@@ -216,6 +272,8 @@ class Worker:
                     failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
+        if not self._held:
+            self._idle.set()
 
     async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
         """Why the hub does not take it (too large, most likely); empty when it does."""
@@ -255,12 +313,12 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
-def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
-    """The actor's process. Returns when the hub says that the run is over."""
-    uvloop.run(_main(config, name, hub_address, run_directory))
+def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
+    """The actor's process. Returns when the hub says that the run is over, or True when it left before, as told."""
+    return uvloop.run(_main(config, name, hub_address, run_directory))
 
 
-async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
+async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
     checkpoint = Path(config.model.path)
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
         engine = EmbeddedEngine(
@@ -274,4 +332,4 @@ async def _main(config: Config, name: str, hub_address: str, run_directory: Path
             on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
         )
         rollout = make_rollout(config, checkpoint, engine)
-        await Worker(config, name, engine, rollout, recorder).run(hub_address)
+        return await Worker(config, name, engine, rollout, recorder).run(hub_address, LEAVE_SIGNALS)

@@ -86,12 +86,19 @@ class Publisher:
     """Owns the weight group; all methods but the thread's own are called from the training loop."""
 
     def __init__(
-        self, client: BlockingClient, config: WeightsConfig, backend: Literal["gloo", "nccl"], recorder: SpanRecorder
+        self,
+        client: BlockingClient,
+        config: WeightsConfig,
+        backend: Literal["gloo", "nccl"],
+        recorder: SpanRecorder,
+        address: str = "127.0.0.1",
     ) -> None:
+        """``address`` is this machine's, as the engines see it."""
         self._client = client
         self._config = config
         self._backend = backend
         self._recorder = recorder
+        self._address = address
         self._changed = threading.Condition()
         self._engines: tuple[EngineInfo, ...] = ()
         self._pending: Snapshot | None = None
@@ -268,7 +275,9 @@ class Publisher:
         self._leave_group()
         self._epoch += 1
         world_size = 1 + sum(engine.num_ranks for engine in engines)
-        spec, store = host_group("weights", self._epoch, world_size, self._backend, self._config.timeout_s)
+        spec, store = host_group(
+            "weights", self._epoch, world_size, self._backend, self._config.timeout_s, self._address
+        )
         offset, joining = 1, []
         for engine in engines:
             joining.append(self._begin(engine, JoinWeightGroup(engine.engine_id, spec, offset)))

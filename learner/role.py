@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
@@ -207,7 +208,11 @@ class Learner:
             Start.share(self._start, self._checkpoints, trainer.device)
             clock = ClockKeeper(self._client, self._recorder)
             self._publisher = Publisher(
-                self._client, self._config.weights, weight_backend(self._config, trainer), self._recorder
+                self._client,
+                self._config.weights,
+                weight_backend(self._config, trainer),
+                self._recorder,
+                own_address(self._client.address),
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from slime_async.addresses import connectable
 from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
     Batch,
@@ -42,6 +43,7 @@ from slime_async.protocol import (
     Hello,
     HubTime,
     Lease,
+    Leaving,
     Membership,
     Message,
     NotReady,
@@ -256,6 +258,10 @@ class Hub:
         match message:
             case Deliver():
                 return self._deliver(peer, message)
+            case Leaving():
+                if peer.name in self._actors:
+                    self._actors[peer.name].slots = 0
+                    log.info("actor %s is leaving: nothing more is granted to it", peer.name)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
             case Lease():
@@ -431,7 +437,7 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
             raise ConfigError(str(error)) from error
         observer.listening()
         partial = ready_file.with_suffix(".partial")
-        partial.write_text(hub.address)
+        partial.write_text(connectable(hub.address))
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
         await hub.run()

@@ -12,10 +12,12 @@ from types import FrameType
 from typing import NoReturn
 
 from slime_async.cli.flags import add_config_flags, overrides
-from slime_async.config import Config, load_config
+from slime_async.config import Config, ConfigError, load_config
 from slime_async.guard import GUARDED, die_with_parent
 from slime_async.telemetry.warnings import record_warnings
 
+HUB_ADDRESS = "hub.address"
+"""In a run's directory: where its hub listens"""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT"""
 
@@ -35,7 +37,22 @@ def add_role_arguments(parser: argparse.ArgumentParser, needs_hub: bool = True) 
         "--run-directory", metavar="DIR", type=Path, required=True, help="where this role writes logs and metrics"
     )
     if needs_hub:
-        parser.add_argument("--hub", metavar="ADDRESS", required=True, help="the hub's address, tcp://HOST:PORT")
+        parser.add_argument(
+            "--hub",
+            metavar="ADDRESS",
+            help="the hub's address, tcp://HOST:PORT [what DIR/hub.address says]",
+        )
+
+
+def hub_of(parsed: argparse.Namespace) -> str:
+    """The hub's address, as given or as it wrote it down. Raises ``ConfigError``."""
+    if parsed.hub is not None:
+        return str(parsed.hub)
+    file = parsed.run_directory / HUB_ADDRESS
+    try:
+        return str(file.read_text().strip())
+    except OSError:
+        raise ConfigError(f"no {file}: the hub writes it when it listens; or give --hub tcp://HOST:PORT") from None
 
 
 def config_of(parsed: argparse.Namespace) -> Config:

@@ -6,8 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from slime_async.cli.common import add_role_arguments, begin_role, config_of
-from slime_async.cli.launch import CONSEQUENCE
+from slime_async.cli.common import HUB_ADDRESS, add_role_arguments, begin_role, config_of
+from slime_async.cli.launcher import CONSEQUENCE
 from slime_async.config import ConfigError
 
 
@@ -25,7 +25,7 @@ def run(parsed: argparse.Namespace) -> int:
     from slime_async.transport.journal import JournalError
 
     try:
-        run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+        run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / HUB_ADDRESS)
     except JournalError as error:  # starting it again would not help: the text says what would
         raise ConfigError(str(error)) from error
     except LearnerLost as lost:

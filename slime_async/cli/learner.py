@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from slime_async.cli.common import add_role_arguments, begin_role, config_of, leave_at_once
+from slime_async.cli.common import add_role_arguments, begin_role, config_of, hub_of, leave_at_once
 from slime_async.config import ConfigError
 
 
@@ -26,7 +26,7 @@ def run(parsed: argparse.Namespace) -> int:
     from slime_async.learner.role import run_learner
 
     try:
-        run_learner(config, parsed.hub, parsed.run_directory)
+        run_learner(config, hub_of(parsed), parsed.run_directory)
     except CheckpointError as error:  # a full disk, another model: starting again would not help
         raise ConfigError(str(error)) from error
     leave_at_once()  # a rank that has finished must not wait for native threads of collectives
