@@ -9,13 +9,15 @@ actor        the learner must follow    started again
 ===========  =========================  =======================================================================
 
 Each is started again under a new name, ``max_restarts`` times per role in all; then, or at once when it says that the
-user must change something, the run failed. How many actors there are may change while it runs: the newest are asked to
-leave, and are not missed; new ones get numbers that none had before.
+user must change something, the run failed. An actor that left because its scheduler told it to is replaced, and not
+counted. How many actors there are may change while it runs: the newest are asked to leave, and are not missed; new ones
+get numbers that none had before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from slime_async.cli.launcher import (
     CONSEQUENCE,
+    LEFT,
     USER_ERROR,
     Launcher,
     Role,
@@ -195,13 +198,14 @@ class Supervisor:
                 await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
         self._on_event("role_died", {"role": role, "process": process.name, "exit_code": code})
-        if restarts == allowed:
+        preempted = role == "actor" and code in (LEFT, -signal.SIGTERM)
+        if restarts == allowed and not preempted:
             raise self._failure(process, code, f", and all {restarts} of {role}.max_restarts are used up")
-        self._restarts[role] += 1
+        self._restarts[role] += not preempted
         place = place_of(process.name)
         self._lives[place] = self._lives.get(place, 0) + 1
         name = f"{place}.{self._lives[place]}"
-        self._on_event("role_restarted", {"role": role, "process": name, "restarts": restarts + 1})
+        self._on_event("role_restarted", {"role": role, "process": name, "restarts": self._restarts[role]})
         command = {"hub": self._plan.hub, "learner": self._plan.learner, "actor": self._plan.actor}[role]
         await self._start(command(self.address, name))
 

@@ -1,4 +1,5 @@
 """``slime-async top``"""
+
 from __future__ import annotations
 
 import argparse
