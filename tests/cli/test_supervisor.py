@@ -42,7 +42,7 @@ def supervise(
     try:
         asyncio.run(work())
     finally:
-        standins.wait_until_dead([int(path.read_text()) for path in (run / "pids").iterdir()])
+        standins.wait_until_dead([int(path.read_text()) for path in (run / "pids").iterdir() if path.suffix != ".tmp"])
     return events
 
 
