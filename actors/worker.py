@@ -161,6 +161,7 @@ class Worker:
             if self._latest is not None:
                 self._latest[1].cancel()
             await self._client.close()
+            await self._rollout.close()
             await self._engine.close()
             self._spans.close()
         return left

@@ -20,7 +20,7 @@ import time
 from typing import Protocol
 
 from slime_async.config import Config
-from slime_async.learner.batch import prepare_batch
+from slime_async.learner.batch import filtered, judged, prepare_batch
 from slime_async.learner.checkpoint.checkpointer import Checkpointer
 from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed
@@ -92,8 +92,9 @@ def train(
         outlet.begin("train", version)
         with recorder.span("train", step=version):
             with recorder.span("prepare", step=version):
-                prepared = prepare_batch(batch.trajectories, version, config)
+                prepared = prepare_batch(judged(batch), version, config)
                 prepared.metrics["tokens_masked_as_stale"] += batch.stale_tokens_dropped
+                prepared.metrics.update(filtered(batch, config.batch.groups))
             result = trainer.train_policy(prepared.sequences, version)
         trained = time.monotonic()
         with recorder.span("commit", step=version):

@@ -147,6 +147,11 @@ class Publisher:
         if self._failure is not None:
             raise PublishError(f"the publisher failed: {self._failure}") from self._failure
 
+    @property
+    def published(self) -> int:
+        """The version that all engines hold; −1 before the first"""
+        return self._published
+
     def take_times(self) -> list[PublishTimes]:
         """Publications finished since the last call."""
         with self._changed:

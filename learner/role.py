@@ -25,6 +25,7 @@ from slime_async.correction.warnings import WarningLog
 from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
+from slime_async.learner.evaluations import ScheduledEvaluations, write_result
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
 from slime_async.learner.loop import SilentOutlet, take_snapshot, train
 from slime_async.learner.publisher import Publisher, Snapshot
@@ -84,11 +85,13 @@ class HubOutlet:
         client: BlockingClient,
         publisher: Publisher,
         events: EventLog,
+        evaluations: ScheduledEvaluations,
         run_directory: Path,
         clock: ClockKeeper,
         incarnation: int,
     ) -> None:
         self._config = config
+        self._evaluations = evaluations
         self._client = client
         self._clock = clock
         clock.keep()
@@ -112,6 +115,8 @@ class HubOutlet:
         return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._evaluations.published(self._publisher.published)
+        metrics |= self._evaluations.collect()
         for times in self._publisher.take_times():
             metrics |= {
                 "publish_s": times.total_s,
@@ -216,11 +221,13 @@ class Learner:
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
+            self._evaluations = ScheduledEvaluations(self._config, self._client, self._events)
             self._outlet = HubOutlet(
                 self._config,
                 self._client,
                 self._publisher,
                 self._events,
+                self._evaluations,
                 self._run_directory,
                 clock,
                 self._start.incarnation,
@@ -252,6 +259,7 @@ class Learner:
         train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
+            self._evaluations.finish(config.evaluation.timeout_s)
             self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
@@ -288,23 +296,14 @@ class Learner:
         wait_s = self._config.evaluation.timeout_s
         for source in self._config.task.evaluation:
             self._client.set_report({"phase": f"evaluation_{name}"})
-            message = Evaluate(f"{name}/{source}", source, self._config.evaluation.tasks, wait_s)
+            config = self._config.evaluation
+            message = Evaluate(f"{name}/{source}", source, config.tasks, wait_s, config.samples)
             begun = time.monotonic()
             with self._recorder.span("evaluate", evaluation=name, source=source):
                 result = self._client.call(message, wait_s + call_timeout_s(self._config), retry=True)
             assert isinstance(result, EvaluationResult)
-            self._events.write(
-                "evaluation",
-                name=name,
-                source=source,
-                accuracy=result.accuracy,
-                tasks=result.tasks,
-                failed=result.failed,
-                version=result.versions[-1] if result.versions else -1,
-                seconds=time.monotonic() - begun,
-            )
+            write_result(self._events, name, source, result, config.samples, time.monotonic() - begun)
             self._outlet.log_accuracy(max(0, *result.versions, 0), source, result.accuracy)
-            log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
 
 
 def call_timeout_s(config: Config) -> float:

@@ -206,6 +206,12 @@ class Batch(Message):
     trajectories: tuple[Trajectory, ...]
     stale_tokens_dropped: int = 0
     """Sampled tokens of groups dropped whole as stale since the batch before"""
+    rewards: tuple[float, ...] = ()
+    """In the place of the trajectories' own, where groups are judged (``task.group_reward``); else empty"""
+    groups_filtered: int = 0
+    """Groups dropped for equal rewards, or by ``task.filter``, since the batch before"""
+    tokens_filtered: int = 0
+    """Sampled in them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,32 +252,43 @@ class Drain(Message):
 
 @dataclass(frozen=True, slots=True)
 class Evaluate(Message):
-    """Run ``num_tasks`` tasks of ``source`` once each, beside training, with whatever weights the engines hold."""
+    """Run ``num_tasks`` tasks of ``source``, beside training, with whatever weights the engines hold."""
 
     name: str
     source: str
     num_tasks: int
     wait_s: float
+    samples: int = 1
+    """Answers per task"""
+    share: float = 1.0
+    """Of each actor's slots, that it may take at once"""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult(Message):
     name: str
     rewards: tuple[float, ...]
-    """One per task, by index"""
+    """Of all answers, by index of the task, then by sample; those without a result are left out"""
     failed: int
-    """Tasks that gave no result"""
+    """Answers without a result"""
     versions: tuple[int, ...]
     """The versions that produced the answers, ascending"""
+    counts: tuple[int, ...] = ()
+    """How many of the rewards are each task's, by index; empty for one answer per task"""
 
     @property
     def tasks(self) -> int:
-        return len(self.rewards) + self.failed
+        return len(self.counts) or len(self.rewards) + self.failed
 
     @property
     def accuracy(self) -> float:
-        """Share of the tasks with a reward of at least ``SOLVED``; one without a result is not solved."""
-        return sum(reward >= SOLVED for reward in self.rewards) / max(1, self.tasks)
+        """Share of the answers with a reward of at least ``SOLVED``; one without a result is not solved."""
+        return sum(reward >= SOLVED for reward in self.rewards) / max(1, len(self.rewards) + self.failed)
+
+    @property
+    def pinned(self) -> bool:
+        """All answers came from one version whole; otherwise weights changed meanwhile, and the result spans several"""
+        return len(self.versions) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from slime_async.addresses import connectable
 from slime_async.config import Config, ConfigError
@@ -58,6 +58,7 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
+from slime_async.trajectory import Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.observer import HubObserver
@@ -73,6 +74,19 @@ GOODBYE_WAIT_S = 3.0
 """For actors and learner to leave after they were told to; then the hub goes, and they lose their connection"""
 
 Result = TypeVar("Result")
+
+
+class Judge(Protocol):
+    """What the configuration's ``task.group_reward`` and ``task.filter`` say of whole groups."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
+        """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
+
+    async def close(self) -> None: ...
+
+
+MAX_JUDGE_FAILURES = 8
+"""In a row; then the run fails, as no group would ever be trained"""
 
 
 class LearnerLost(RuntimeError):
@@ -97,10 +111,12 @@ class Hub:
         run_directory: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: HubObserver | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """Opens the journal in ``run_directory``, if there is one to be kept, and goes on where it ends.
 
-        Raises ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
+        ``judge`` is needed where the configuration names ``task.group_reward`` or ``task.filter``. Raises
+        ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
         """
         self._config = config
         self._observer = observer or HubObserver.silent()
@@ -112,7 +128,12 @@ class Hub:
         """A restarted hub grants nothing before the actors had time to return with what they work on"""
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
-        self._stale_tokens_told = 0
+        self._told = self._queue.left_out
+        """When the last batch was leased: batches carry the differences"""
+        assert judge is not None or not self._queue.limits.judge_groups
+        self._judge = judge
+        self._judging: dict[int, asyncio.Task[None]] = {}
+        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -163,6 +184,7 @@ class Hub:
                 if finishing.done():
                     await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
+                running.update(self._judging.values())
                 for task in running:
                     task.cancel()
                 try:
@@ -320,9 +342,16 @@ class Hub:
         if leased is None:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
-        dropped = self._queue.dropped_stale_tokens
-        since, self._stale_tokens_told = dropped - self._stale_tokens_told, dropped
-        return Batch(message.train_version, await self._store.get(leased.keys), since)
+        left_out, before = self._queue.left_out, self._told
+        self._told = left_out
+        return Batch(
+            message.train_version,
+            await self._store.get(leased.keys),
+            stale_tokens_dropped=left_out.stale_tokens - before.stale_tokens,
+            rewards=leased.rewards,
+            groups_filtered=left_out.groups_filtered - before.groups_filtered,
+            tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
+        )
 
     async def _relay(self, message: Relay) -> Message:
         """After a restart, the actor may be on its way back."""
@@ -342,7 +371,14 @@ class Hub:
             self._wake()
 
     async def _evaluate(self, message: Evaluate) -> EvaluationResult:
-        self._queue.evaluate(message.name, message.source, message.num_tasks, self._clock())
+        self._queue.evaluate(
+            message.name,
+            message.source,
+            message.num_tasks,
+            self._clock(),
+            samples=message.samples,
+            share=message.share,
+        )
         self._wake()
         result = await self._until(lambda: self._queue.evaluation_result(message.name), message.wait_s)
         if result is None:
@@ -350,7 +386,7 @@ class Hub:
                 f"evaluation {message.name} did not finish within {message.wait_s:.0f} s: "
                 f"{self._queue.waiting_for(self._clock())}"
             )
-        return EvaluationResult(message.name, result.rewards, result.failed, result.versions)
+        return result
 
     def _outstanding(self) -> int:
         return sum(self._queue.outstanding(name) for name in self._actors)
@@ -371,15 +407,45 @@ class Hub:
             self._grant()
         self._observer.gate("drain" if held_back else self._queue.admission_closed_by())
         self._store.stage()
+        self._judge_complete_groups()
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _judge_complete_groups(self) -> None:
+        for serial in () if self._finished.is_set() else self._queue.groups_to_judge():
+            if serial not in self._judging:
+                self._judging[serial] = asyncio.create_task(self._judge_group(serial), name=f"judge group {serial}")
+                self._judging[serial].add_done_callback(self._surface)
+
+    def _surface(self, judging: asyncio.Task[None]) -> None:
+        """What is no fault of the user's functions, such as a journal that cannot be read, ends the run."""
+        if not judging.cancelled() and (error := judging.exception()) is not None:
+            self._fail(error)
+
+    async def _judge_group(self, serial: int) -> None:
+        """Whatever the user's functions raise ends this group and is counted; the run only when nothing else comes."""
+        assert self._judge is not None
+        trajectories = await self._store.get(self._queue.group_keys(serial))
+        try:
+            rewards, keep = await self._judge(trajectories)
+            self._queue.judge(serial, rewards, keep, self._clock())
+            self._judge_failures = 0
+        except Exception as error:  # user code may raise anything
+            log.warning("the judge of group %d failed", serial, exc_info=error)
+            self._judge_failures += 1
+            self._queue.give_up_group(serial, f"judge: {error}", self._clock())
+            if self._judge_failures >= MAX_JUDGE_FAILURES:
+                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+        del self._judging[serial]
+        self._wake()
 
     def _grant(self) -> None:
         """To the actors with the most free slots first, so that a batch spreads over all of them."""
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
         for name in sorted(free, key=lambda name: -free[name]):
-            reservations = self._queue.grant(name, free[name], now) if free[name] > 0 else ()
+            slots = self._actors[name].slots
+            reservations = self._queue.grant(name, free[name], now, slots) if free[name] > 0 else ()
             if reservations and not self._server.note_nowait(name, Granted(reservations)):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
@@ -419,17 +485,18 @@ class Hub:
                 )
 
 
-def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
+def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge | None = None) -> None:
     """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
 
-    Raises ``ConfigError`` for what the user must change before it can listen, ``JournalError`` and ``LearnerLost``.
+    ``judge`` as in ``Hub``. Raises ``ConfigError`` for what the user must change before it can listen,
+    ``JournalError`` and ``LearnerLost``.
     """
     import uvloop
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)
         try:
-            hub = Hub(config, run_directory.name, run_directory, observer=observer)
+            hub = Hub(config, run_directory.name, run_directory, observer=observer, judge=judge)
             await hub.start()
         except OSError as error:
             raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
@@ -440,6 +507,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
         partial.write_text(connectable(hub.address))
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
-        await hub.run()
+        try:
+            await hub.run()
+        finally:
+            if judge is not None:
+                await judge.close()
 
     uvloop.run(main())

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also report what as many supervised steps reach without RL (sets warm_start.control-steps to run.steps)",
     )
 
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train two small steps of a tiny model on sample data, on this CPU, to see that everything fits together",
+    )
+
 
 def run(parsed: argparse.Namespace) -> int:
     if parsed.resume is not None:
@@ -81,16 +87,26 @@ def run(parsed: argparse.Namespace) -> int:
         directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
     with owned(directory):
+        if parsed.dry_run:
+            from slime_async.cli.dry_run import shrink
+
+            config = shrink(config, directory)
         config = prepare_model(config, directory)
-        return begin(config, directory, parsed)
+        code = begin(config, directory, parsed)
+    if parsed.dry_run and not code:
+        print("the dry run went through: task, model, training and weight updates fit together")
+    return code
 
 
 def resume(parsed: argparse.Namespace) -> int:
     """``--resume RUN``"""
-    if parsed.config is not None or parsed.control or parsed.run_directory is not None:
-        superfluous = parsed.config or ("--control" if parsed.control else "--run-directory")
+    others = {"--control": parsed.control, "--dry-run": parsed.dry_run, "--run-directory": parsed.run_directory}
+    superfluous = (
+        [str(parsed.config)] if parsed.config is not None else [name for name, is_set in others.items() if is_set]
+    )
+    if superfluous:
         raise ConfigError(
-            f"--resume {parsed.resume} goes on with that run's own configuration: leave {superfluous} out"
+            f"--resume {parsed.resume} goes on with that run's own configuration: leave {' and '.join(superfluous)} out"
         )
     return go_on(parsed, parsed.resume)
 

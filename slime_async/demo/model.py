@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig, Qwen3Config
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from slime_async.demo.tokenizer import EOS, PAD, VOCABULARY, make_tokenizer
 
@@ -41,16 +41,19 @@ def make_config() -> Qwen3Config:
 
 def make_checkpoint(directory: Path | str, seed: int) -> None:
     """Write config, weights drawn from ``seed`` (fp32) and tokenizer into ``directory``, for ``from_pretrained``."""
-    directory = Path(directory)
+    write_checkpoint(Path(directory), seed, make_config(), make_tokenizer())
+
+
+def write_checkpoint(directory: Path, seed: int, config: Qwen3Config, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same for any small Qwen3 with tied embeddings."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = make_config()
     generator = torch.Generator().manual_seed(seed)
     weights = {name: _initial(name, shape, generator) for name, shape in _shapes(config)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(directory)
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     GenerationConfig.from_dict({"do_sample": True, **ends}).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -67,7 +70,8 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
 def _shapes(config: Qwen3Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of ``Qwen3ForCausalLM``'s tensors; building the module itself would take seconds to import."""
     hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, KEY_VALUE_HEADS * head
+    assert config.num_key_value_heads is not None  # set by both configurations, optional in the class
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

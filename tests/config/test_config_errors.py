@@ -49,6 +49,16 @@ FILES = [
         ["sampling.max_new_tokens = 64", "max_context_tokens = 64"],
     ),
     (
+        "overlong from the first token on",
+        "task.overlong_tokens = 65\nsampling.max_new_tokens = 64",
+        ["task.overlong_tokens = 65", "limit of 64"],
+    ),
+    (
+        "failed before it is truncated",
+        "sampling.truncate_after_s = 60\nactor.episode_timeout_s = 60",
+        ["sampling.truncate_after_s = 60", "actor.episode_timeout_s = 60"],
+    ),
+    (
         "queue below a batch",
         "batch = {groups = 4, group_size = 8, queue_trajectories = 31}",
         ["batch.queue_trajectories = 31", "32 trajectories", "batch.groups = 4 × batch.group_size = 8"],

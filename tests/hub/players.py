@@ -33,7 +33,7 @@ from slime_async.protocol import (
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import ConnectionLost
-from slime_async.transport.hub import Hub
+from slime_async.transport.hub import Hub, Judge
 from tests.transport.examples import make_trajectory
 
 DEADLINE_S = 60.0
@@ -230,8 +230,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(config: Config) -> AsyncIterator[Stage]:
-    hub = Hub(config, "run-1")
+async def stage(config: Config, judge: Judge | None = None) -> AsyncIterator[Stage]:
+    hub = Hub(config, "run-1", judge=judge)
     await hub.start()
     running = asyncio.create_task(hub.run())
     try:
