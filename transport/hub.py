@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -91,6 +92,10 @@ MAX_JUDGE_FAILURES = 8
 
 class LearnerLost(RuntimeError):
     """The learner went away before the run was finished."""
+
+
+class HubStopped(RuntimeError):
+    """The hub was told to stop, by SIGTERM."""
 
 
 @dataclass(slots=True)
@@ -181,7 +186,7 @@ class Hub:
             failed = self._failure is not None or not finishing.done()
             self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
             try:
-                if finishing.done():
+                if finishing.done() and not isinstance(self._failure, HubStopped):
                     await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
                 running.update(self._judging.values())
@@ -193,6 +198,10 @@ class Hub:
                     self._observer.close()
                     await self._server.close()
                     await self._store.close()
+
+    def stop(self) -> None:
+        """End ``run`` with ``HubStopped``: between two transitions, so that the journal never has half of one."""
+        self._fail(HubStopped("the hub was told to stop"))
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -489,7 +498,7 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
     """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
 
     ``judge`` as in ``Hub``. Raises ``ConfigError`` for what the user must change before it can listen,
-    ``JournalError`` and ``LearnerLost``.
+    ``JournalError``, ``LearnerLost`` and, at SIGTERM, ``HubStopped``.
     """
     import uvloop
 
@@ -502,6 +511,7 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
             raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
         except ValueError as error:  # keys, or a journal of another batch shape
             raise ConfigError(str(error)) from error
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, hub.stop)
         observer.listening()
         partial = ready_file.with_suffix(".partial")
         partial.write_text(connectable(hub.address))

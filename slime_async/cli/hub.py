@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from slime_async.cli.common import HUB_ADDRESS, add_role_arguments, begin_role, config_of
-from slime_async.cli.launcher import CONSEQUENCE
+from slime_async.cli.launcher import CONSEQUENCE, LEFT
 from slime_async.config import ConfigError
 
 
@@ -22,7 +22,7 @@ def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role("hub", parsed.run_directory)
     from slime_async.actors.judging import make_judge
-    from slime_async.transport.hub import LearnerLost, run_hub
+    from slime_async.transport.hub import HubStopped, LearnerLost, run_hub
     from slime_async.transport.journal import JournalError
 
     ready_file = parsed.ready_file or parsed.run_directory / HUB_ADDRESS
@@ -33,4 +33,6 @@ def run(parsed: argparse.Namespace) -> int:
     except LearnerLost as lost:
         logging.getLogger(__name__).error("%s", lost)
         return CONSEQUENCE
+    except HubStopped:
+        return LEFT
     return 0
