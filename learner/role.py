@@ -48,6 +48,7 @@ from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.loggers import make_loggers
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.occupancy import Occupancy
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
@@ -131,6 +132,7 @@ class HubOutlet:
             log.warning("step %d: %s", step, finding.message)
             self._events.write("step_warning", step=step, **finding.fields())
         self._to_loggers(step, metrics)
+        PROCESS.tell("step", metrics)
         shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
         self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)

@@ -420,3 +420,5 @@ class RunStatus(Message):
     queue: Report
     """``QueueStatistics``, flattened"""
     peers: tuple[PeerStatus, ...]
+    hub: Report = field(default_factory=dict)
+    """What the hub's process tells of itself (``slime_async.telemetry.process``), as every peer's report does"""

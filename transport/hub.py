@@ -59,6 +59,7 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
+from slime_async.telemetry.process import PROCESS
 from slime_async.trajectory import Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
@@ -405,7 +406,7 @@ class Hub:
         peers = tuple(PeerStatus(p.role, p.name, p.silent_s, p.report) for p in self._server.peers.values())
         statistics = self._queue.statistics(now).as_report()
         queue: Report = {**statistics, **self._store.as_report(), "waiting_for": self._queue.waiting_for(now)}
-        return RunStatus(self._run_id, queue, peers)
+        return RunStatus(self._run_id, queue, peers, PROCESS.about())
 
     # ------------------------------------------------------------------------------------------------- movement
 
@@ -476,7 +477,9 @@ class Hub:
     async def _sample_regularly(self) -> None:
         """How full the queue is, for the report."""
         while True:
-            self._observer.sample(self._queue.statistics(self._clock()).as_report())
+            statistics = self._queue.statistics(self._clock()).as_report()
+            self._observer.sample(statistics)
+            PROCESS.tell("queue", {**statistics, **self._store.as_report(), "actors": len(self._actors)})
             await asyncio.sleep(self._config.hub.heartbeat_interval_s)
 
     async def _watch_for_stalls(self) -> None:

@@ -10,9 +10,11 @@ import argparse
 import logging
 import secrets
 import socket
+from pathlib import Path
 
-from slime_async.cli.common import add_role_arguments, begin_role, config_of, hub_of
+from slime_async.cli.common import add_role_arguments, config_of, hub_of, role
 from slime_async.cli.launcher import CONSEQUENCE, LEFT
+from slime_async.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config, hub = config_of(parsed), hub_of(parsed)
     name = parsed.name or f"actor-{socket.gethostname().partition('.')[0]}-{secrets.token_hex(3)}"
-    begin_role(name, parsed.run_directory)
+    with role(config, "actor", name, parsed.run_directory):
+        return _act(config, name, hub, parsed.run_directory)
+
+
+def _act(config: Config, name: str, hub: str, run_directory: Path) -> int:
     from slime_async.actors.worker import RunEnded, run_actor
 
     try:
-        left = run_actor(config, name, hub, parsed.run_directory)
+        left = run_actor(config, name, hub, run_directory)
     except* RunEnded as ended:
         logging.getLogger(__name__).error("%s", ended.exceptions[0])
         exit_code = CONSEQUENCE

@@ -7,13 +7,18 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from slime_async.cli.flags import add_config_flags, overrides
+from slime_async.cli.launcher import Role
 from slime_async.config import Config, ConfigError, load_config
 from slime_async.guard import GUARDED, die_with_parent
+from slime_async.telemetry.logs import log_to_stderr
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.warnings import record_warnings
 
 HUB_ADDRESS = "hub.address"
@@ -60,13 +65,23 @@ def config_of(parsed: argparse.Namespace) -> Config:
     return load_config(parsed.config, overrides(parsed))
 
 
-def begin_role(name: str, run_directory: Path) -> None:
-    """Log to stderr, warnings to the events, too; end on SIGTERM through ``finally``; never outlive the launcher."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
+@contextmanager
+def role(config: Config, kind: Role, name: str, run_directory: Path) -> Iterator[None]:
+    """A role's process, from begin to end: it logs, warns, serves its numbers, and never outlives its launcher.
+
+    It ends on SIGTERM through ``finally``, until it has its own way of leaving. Raises ``ConfigError``.
+    """
+    from slime_async.telemetry.prometheus import served
+    from slime_async.transport.observer import SAMPLED
+
+    PROCESS.begin(kind, name)
+    log_to_stderr(PROCESS, config.loggers.format)
     record_warnings(run_directory, name)
     signal.signal(signal.SIGTERM, _leave)
     if os.environ.get(GUARDED):
         die_with_parent()
+    with served(config.loggers, PROCESS, run_directory, SAMPLED):
+        yield
 
 
 def leave_at_once() -> None:

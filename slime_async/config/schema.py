@@ -289,6 +289,14 @@ class LoggersConfig(Section):
     """The project that the run appears in"""
     wandb_mode: Literal["online", "offline"] = "online"
     """Offline writes files only, for ``wandb sync`` later"""
+    prometheus: bool = False
+    """Every role serves its numbers to Prometheus, which finds it by the run directory's ``prometheus/PROCESS.json``"""
+    prometheus_address: str = "127.0.0.1"
+    """Where it listens; 0.0.0.0 lets other machines scrape it, unauthenticated: keep the port inside the cluster"""
+    prometheus_port: int = Field(0, ge=0, le=65435)
+    """The first port that is tried, processes of one machine take the next free ones; 0 takes any"""
+    format: Literal["text", "json"] = "text"
+    """Of the roles' log lines; json has role, host and version in every line, for a log collector"""
 
 
 class HubConfig(Section):
