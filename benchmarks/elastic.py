@@ -4,8 +4,9 @@
 
 The demo with checkpoints and a journal. A run begins with one actor; ``slime-async scale`` asks for four, later for
 two; then one actor gets SIGTERM, and one SIGKILL. Each new actor is timed from the request until it has the weights,
-and until its first trajectory is accepted, which is when its work first counts; one that leaves, until its process is
-gone, with all it had begun delivered; one that is replaced, from the signal until its successor's first trajectory.
+and until its first trajectory is accepted, which is when its work first counts; most of that is Python and torch coming
+up, so the same is told from joining the hub on. One that leaves is timed until its process is gone, with all it had
+begun delivered; one that is replaced, from the signal until its successor's first trajectory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -162,12 +164,21 @@ def first_delivery_s(run: Path, actor: str) -> float | None:
     return first_span_s(run, actor, "deliver")
 
 
+def joined_s(run: Path, actor: str) -> float:
+    """When the hub welcomed it, from the hub's log."""
+    log = (run / "logs" / "hub.log").read_text()
+    found = re.search(rf"^(\S+ \S+),(\d+) hub INFO \S+ actor {re.escape(actor)} joined ", log, re.MULTILINE)
+    assert found, f"{actor} never joined"
+    return datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S").timestamp() + int(found[2]) / 1000
+
+
 def result(
     run: Path, requests: Requests, report: AuditReport, summary: Summary, parsed: argparse.Namespace
 ) -> dict[str, Any]:
     new = [f"actor-{n}" for n in range(1, MOST)]
     weights = [at - requests.grow_s for name in new if (at := first_span_s(run, name, "starting")) is not None]
     counts = [at - requests.grow_s for name in new if (at := first_delivery_s(run, name)) is not None]
+    after_joining = [at - joined_s(run, name) for name in new if (at := first_delivery_s(run, name)) is not None]
     left = [event["time_s"] - requests.shrink_s for event in events(run, "role_left")]
     replaced = [
         at - since
@@ -181,6 +192,7 @@ def result(
         "versions": {name: package_version(name) for name in ("torch", "megatron-core", "pyzmq")},
         "figures": {
             "has_weights_s": weights,
+            "first_trajectory_after_joining_s": after_joining,
             "first_trajectory_counts_s": counts,
             "left_after_drain_s": left,
             "replaced_after_notice_or_kill_s": replaced,

@@ -12,7 +12,7 @@ import secrets
 import socket
 from pathlib import Path
 
-from slime_async.cli.common import add_role_arguments, config_of, hub_of, role
+from slime_async.cli.common import add_role_arguments, config_of, hub_of, leave_at_once, role
 from slime_async.cli.launcher import CONSEQUENCE, LEFT
 from slime_async.config import Config
 
@@ -29,7 +29,8 @@ def run(parsed: argparse.Namespace) -> int:
     config, hub = config_of(parsed), hub_of(parsed)
     name = parsed.name or f"actor-{socket.gethostname().partition('.')[0]}-{secrets.token_hex(3)}"
     with role(config, "actor", name, parsed.run_directory):
-        return _act(config, name, hub, parsed.run_directory)
+        exit_code = _act(config, name, hub, parsed.run_directory)
+    leave_at_once(exit_code)  # an actor that was told to leave must not wait for native threads of collectives
 
 
 def _act(config: Config, name: str, hub: str, run_directory: Path) -> int:

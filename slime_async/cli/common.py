@@ -84,15 +84,15 @@ def role(config: Config, kind: Role, name: str, run_directory: Path) -> Iterator
         yield
 
 
-def leave_at_once() -> None:
-    """End this process with code 0 without the interpreter's own shutdown, once everything is written and closed.
+def leave_at_once(exit_code: int = 0) -> NoReturn:
+    """End this process without the interpreter's own shutdown, once everything is written and closed.
 
     That shutdown joins threads that native code may still hold, which has been seen to take a collective's timeout.
     """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_code)
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

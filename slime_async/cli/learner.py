@@ -31,4 +31,3 @@ def run(parsed: argparse.Namespace) -> int:
         except CheckpointError as error:  # a full disk, another model: starting again would not help
             raise ConfigError(str(error)) from error
     leave_at_once()  # a rank that has finished must not wait for native threads of collectives
-    return 0
