@@ -116,7 +116,7 @@ def help_of(role: str, key: str, sampled: Mapping[str, str]) -> str:
 
 def learner_names() -> Iterable[str]:
     """Names of everything that a learner may export, for those who look at dashboards."""
-    for key in (*METRICS, *FAMILY_METRICS):
+    for key in ("step", "steps", *METRICS, *FAMILY_METRICS):
         yield exported_name("learner", key)
         yield exported_name("learner", key, by_staleness=True)
 

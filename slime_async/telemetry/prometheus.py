@@ -44,8 +44,10 @@ class ProcessMetrics:
 
     def collect(self) -> Iterator[Metric]:
         process = self._process
-        about = GaugeMetricFamily(f"{PREFIX}_process", "Who this is", labels=["role", "process", "host", "version"])
-        about.add_metric([process.role, process.name, process.host, __version__], 1.0)
+        about = GaugeMetricFamily(
+            f"{PREFIX}_process_info", "Where this runs, and its release", labels=["host", "version"]
+        )
+        about.add_metric([process.host, __version__], 1.0)  # role and process are the target's own labels
         yield about
         warnings = CounterMetricFamily(f"{PREFIX}_process_warnings", "Warnings and errors logged since the start")
         warnings.add_metric([], process.warnings)

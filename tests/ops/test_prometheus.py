@@ -59,7 +59,7 @@ def test_an_endpoint_serves_what_the_process_told_last(tmp_path: Path) -> None:
     assert found["slime_async_actor_generated_tokens"] == {(): 90.0}
     assert found["slime_async_actor_rollout_failed"] == {(("kind", "TimeoutError"),): 2.0}
     assert found["slime_async_process_warnings"] == {(): 1.0}
-    [labels] = found["slime_async_process"]
+    [labels] = found["slime_async_process_info"]
     assert dict(labels)["host"] == "node-7"
     assert "process_cpu_seconds" in found
 
@@ -115,7 +115,7 @@ def test_a_bucket_of_staleness_is_a_label() -> None:
 def test_the_dashboard_asks_only_for_what_exists() -> None:
     hub = {sample.name for sample in exported("hub", {**hub_statistics(), "actors": 1})}
     actor = {exported_name("actor", key, key in COUNTERS or key.startswith("rollout/")) for key in ACTOR_HELP}
-    process_names = {"slime_async_process", "slime_async_process_warnings_total", "process_resident_memory_bytes"}
+    process_names = {"slime_async_process_info", "slime_async_process_warnings_total", "process_resident_memory_bytes"}
     known = {*hub, *actor, *process_names, *learner_names()}
     dashboard = json.loads((Path(__file__).parents[2] / "examples" / "grafana" / "slime-async.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
