@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from slime_async.actors.isolation import WorkerPool
-from slime_async.actors.sources import load_sources
+from slime_async.actors.isolation import WorkerError, WorkerPool
+from slime_async.actors.sources import load_source
 from slime_async.actors.tokenizer import load_tokenizer
+from slime_async.config.errors import ConfigError
 from slime_async.config.schema import Config
 from slime_async.objects import load_callable
 from slime_async.trajectory import Trajectory
@@ -61,10 +62,20 @@ class GroupJudge:
 
     def __init__(self, config: Config) -> None:
         self._config = config.model_dump_json()
-        self._timeout_s = config.task.process_timeout_s
+        self._startup_timeout_s = config.actor.startup_timeout_s
         self._pool = WorkerPool(
-            config.task.processes, memory_bytes=config.task.process_memory_bytes, timeout_s=self._timeout_s
+            config.task.processes,
+            memory_bytes=config.task.process_memory_bytes,
+            timeout_s=config.task.process_timeout_s,
         )
+
+    async def prepare(self) -> None:
+        """Load functions, sources and tokenizer. Raises ``ConfigError`` for what is wrong with them, before the first
+        group."""
+        try:
+            await self._pool.call(load_judge, self._config, timeout_s=self._startup_timeout_s)
+        except WorkerError as error:
+            raise ConfigError(f"groups cannot be judged: {error}") from error
 
     async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
         """Rewards by sample, and whether to keep the group. Raises ``WorkerError``."""
@@ -94,6 +105,15 @@ def make_judge(config: Config) -> GroupJudge | None:
 # ------------------------------------------------------------------------------------------ in the worker process
 
 
+def load_judge(config_json: str) -> None:
+    """Everything that ``judge_group`` needs besides the group."""
+    config, _ = _load(config_json)
+    for key in ("group_reward", "filter"):
+        if path := getattr(config.task, key):
+            load_callable(path, f"task.{key}")
+    _tokenizer(config.model.path)
+
+
 def judge_group(
     config_json: str, source: str, index: int, samples: Sequence[dict[str, Any]]
 ) -> tuple[list[float], bool]:
@@ -115,7 +135,7 @@ def judge_group(
 @functools.lru_cache(maxsize=1)
 def _load(config_json: str) -> tuple[Config, dict[str, Any]]:
     config = Config.model_validate_json(config_json)
-    return config, dict(load_sources(config.task))
+    return config, {name: load_source(source) for name, source in config.task.train.items()}
 
 
 @functools.lru_cache(maxsize=1)

@@ -40,6 +40,8 @@ class RolloutFailure:
 
     reason: str
     """The exception's class and text"""
+    kind: str
+    """What it is counted as (``failure_kind``)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +137,10 @@ class Rollout:
             trajectory = episode.to_trajectory(reservation.task, reservation.sample, reservation.attempt)
         except Exception as error:  # user code may raise anything: it ends one episode, never the actor
             name = type(error).__name__
-            self._failures[failure_kind(error)] += 1
+            kind = failure_kind(error)
+            self._failures[kind] += 1
             logger.warning("episode of %s sample %d failed", reservation.task, reservation.sample, exc_info=error)
-            return RolloutFailure(f"{name}: {error}")
+            return RolloutFailure(f"{name}: {error}", kind)
         finally:
             self._busy_s += time.monotonic() - started
         self._finished += 1

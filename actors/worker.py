@@ -2,9 +2,10 @@
 
 ::
 
-    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine (its own thread or server)
+    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine pool ──► engines (threads or servers)
         ◄─ Deliver ──      one coroutine per reservation
-        ── JoinWeightGroup, Pause, Receive, Resume ─────────────────────► engine
+        ── JoinWeightGroup, Pause, Receive, Resume ────────────────────────────────────► one of its engines
+        ◄─ EnginesChanged ── an engine died, or came up again ──────────── engine pool
 
 Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
 without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, with
@@ -21,18 +22,23 @@ import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
-from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import EngineError, PauseMode
+from slime_async.actors.engine import Engine, EngineError, PauseMode
+from slime_async.actors.engines import make_pool
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.actors.spans import ActorSpans
 from slime_async.config import Config
 from slime_async.protocol import (
     Deliver,
+    Ejected,
+    EngineCommand,
     EngineInfo,
+    EnginesChanged,
     Failed,
     Granted,
     Hello,
@@ -81,20 +87,20 @@ class RunEnded(RuntimeError):
 
 
 class Worker:
-    """One actor: one engine, one connection, and a coroutine per reservation."""
+    """One actor: one engine pool, one connection, and a coroutine per reservation."""
 
     def __init__(
         self,
         config: Config,
         name: str,
-        engine: EmbeddedEngine,
+        pool: EnginePool,
         rollout: Rollout,
         recorder: SpanRecorder | None = None,
     ) -> None:
         self._config = config
         self._spans = ActorSpans(recorder or SpanRecorder(None, name))
         self._name = name
-        self._engine = engine
+        self._pool = pool
         self._rollout = rollout
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
@@ -104,13 +110,15 @@ class Worker:
         self._idle = asyncio.Event()
         """Nothing is held"""
         self._idle.set()
+        self._publishing: set[str] = set()
+        """Engines that a publication under way counts on"""
         self._settled = asyncio.Event()
-        """No publication is under way that counts on this engine"""
+        """There are none"""
         self._settled.set()
         self._told_to_leave = asyncio.Event()
         self._patience: asyncio.Timeout | None = None
-        self._latest: tuple[Message, asyncio.Task[Message]] | None = None
-        """The learner's latest command: it comes again when its answer was lost with a connection"""
+        self._latest: dict[str, tuple[EngineCommand, asyncio.Task[Message]]] = {}
+        """The learner's latest command to each engine: it comes again when its answer was lost with a connection"""
 
     def leave(self) -> None:
         """Finish what has begun, and go; at once when this is called again."""
@@ -121,14 +129,20 @@ class Worker:
     async def run(self, hub_address: str, leave_on: Iterable[signal.Signals] = ()) -> bool:
         """Until the hub says that the run is over (False), or until it has left as it was told (True).
 
-        Once it has joined, ``leave_on`` call ``leave``. Raises what broke: the connection, the engine, a bug of ours.
+        Once it has joined, ``leave_on`` call ``leave``. Raises what broke: the connection, the engines, a bug of ours.
         """
-        await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        try:
+            await self._pool.start()
+            return await self._serve(hub_address, leave_on)
+        finally:
+            await self._pool.close()
+
+    async def _serve(self, hub_address: str, leave_on: Iterable[signal.Signals]) -> bool:
         hello = Hello(
             role="actor",
             name=self._name,
             slots=self._config.actor.slots,
-            engines=(EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks),),
+            engines=self._pool.infos,
             sources=self._rollout.source_sizes,
         )
         hub = self._config.hub
@@ -139,7 +153,10 @@ class Worker:
             security=client_security(hub),
             reconnect_s=hub.reconnect_s,
             refreshed_hello=lambda: replace(
-                hello, running=tuple(self._held.values()), slots=0 if self._told_to_leave.is_set() else hello.slots
+                hello,
+                engines=self._pool.infos,
+                running=tuple(self._held.values()),
+                slots=0 if self._told_to_leave.is_set() else hello.slots,
             ),
         )
         for number in leave_on:
@@ -148,6 +165,8 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
+                tasks.create_task(self._pool.run(), name="engine pool")
+                tasks.create_task(self._tell_of_engines(self._client, hello.engines), name="engines")
                 tasks.create_task(self._report_regularly(self._client), name="report")
                 tasks.create_task(keep_aligned(self._client, self._spans.recorder), name="clock")
                 tasks.create_task(self._end_when_told(), name="shutdown")
@@ -158,11 +177,10 @@ class Worker:
         except* Left:
             left = True
         finally:
-            if self._latest is not None:
-                self._latest[1].cancel()
+            for _, command in self._latest.values():
+                command.cancel()
             await self._client.close()
             await self._rollout.close()
-            await self._engine.close()
             self._spans.close()
         return left
 
@@ -200,49 +218,63 @@ class Worker:
                 if not self._shutdown.done():
                     self._shutdown.set_result(message)
                 return None
-        try:
-            return await self._once(message)
-        except (EngineError, WeightGroupError) as failed:  # the learner's to handle; a dead engine ends its rollouts
-            log.warning("%s failed: %s", type(message).__name__, failed)
-            raise RemoteError(type(failed).__name__, str(failed)) from failed
-
-    async def _once(self, message: Message) -> Message:
-        """Carry out a command, or wait for its outcome if it is the latest one come again."""
-        if self._latest is None or self._latest[0] != message:
-            task = asyncio.create_task(self._command(message), name=type(message).__name__)
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to whoever asks for it
-            self._latest = message, task
-        return await asyncio.shield(self._latest[1])
-
-    async def _command(self, message: Message) -> Message:
-        """What the learner asks of the engine."""
-        self._check_engine(message)
-        match message:
-            case PrepareWeights():
-                self._settled.clear()
-                await self._engine.status()
-            case JoinWeightGroup():
-                self._settled.clear()
-                await self._engine.join_weight_group(message.spec, message.rank_offset)
-            case PauseEngine():
-                self._spans.pause()
-                await self._engine.pause(PauseMode(message.mode))
-            case ReceiveWeights():
-                await self._engine.receive_weights(message.manifest, message.weights)
-                self._spans.received_weights()
-                return Received(self._engine.in_flight_at_update)
-            case ResumeEngine():
-                await self._engine.resume()
-                self._spans.resume()
-                self._settled.set()
+            case Ejected():
+                self._pool.restart(message.engine_id, message.reason)
+                return None
+            case JoinWeightGroup() | PrepareWeights() | PauseEngine() | ReceiveWeights() | ResumeEngine():
+                return await self._once(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is nothing that an actor does")
-        return Ok()
 
-    def _check_engine(self, message: Message) -> None:
-        wanted = getattr(message, "engine_id", self._engine.engine_id)
-        if wanted != self._engine.engine_id:
-            raise ValueError(f"actor {self._name} holds engine {self._engine.engine_id}, not {wanted}")
+    async def _once(self, command: EngineCommand) -> Message:
+        """Carry out a command, or wait for its outcome if it is the engine's latest come again.
+
+        A failure is the learner's to handle, and what failed is tried when it is asked for again.
+        """
+        self._pool.member(command.engine_id)
+        latest, running = self._latest.get(command.engine_id, (None, None))
+        if running is None or latest != command or (running.done() and running.exception() is not None):
+            running = asyncio.create_task(self._command(command), name=type(command).__name__)
+            running.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to whoever asks for it
+            self._latest[command.engine_id] = command, running
+        try:
+            return await asyncio.shield(running)
+        except (EngineError, WeightGroupError, TimeoutError) as failed:
+            log.warning("%s failed: %s", type(command).__name__, failed)
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _command(self, command: EngineCommand) -> Message:
+        if isinstance(command, JoinWeightGroup | PrepareWeights):
+            self._publishing.add(command.engine_id)
+            self._settled.clear()
+        if isinstance(command, PauseEngine):
+            self._spans.pause()
+        reply = await self._pool.command(
+            command.engine_id, partial(_obey, command), self._config.weights.command_timeout_s
+        )
+        if isinstance(command, ReceiveWeights):
+            self._spans.received_weights()
+        elif isinstance(command, ResumeEngine):
+            self._spans.resume()
+            self._publishing.discard(command.engine_id)
+            if not self._publishing:
+                self._settled.set()
+        return reply
+
+    async def _tell_of_engines(self, client: HubClient, told: tuple[EngineInfo, ...]) -> None:
+        """Consumes the pool's changes; the hub then tells the learner, which brings weights to those who lack them.
+
+        A hub that is away meanwhile hears of them with our Hello.
+        """
+        changed = asyncio.Event()
+        self._pool.on_change = lambda _: changed.set()
+        while True:
+            if (engines := self._pool.infos) != told:
+                with suppress(ConnectionLost):
+                    await client.note(EnginesChanged(engines))
+                told = engines
+            await changed.wait()
+            changed.clear()
 
     @property
     def _delivery_timeout_s(self) -> float:
@@ -266,11 +298,11 @@ class Worker:
                 outcome = await self._rollout.run(reservation)
             with self._spans.deliveries.inside():
                 if isinstance(outcome, RolloutFailure):
-                    reason = outcome.reason
+                    reason, kind = outcome.reason, outcome.kind
                 else:
-                    reason = await self._deliver(outcome, reservation)
+                    reason, kind = await self._deliver(outcome, reservation), "delivery"
                 if reason:
-                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
+                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
         if not self._held:
@@ -299,10 +331,11 @@ class Worker:
         tokens, at = 0, time.monotonic()
         while True:
             await asyncio.sleep(interval_s)
-            status = await self._engine.status()
+            status = await self._pool.status()
             now = time.monotonic()
             report: Report = {
-                "engine": self._engine.engine_id,
+                "engines": len(self._pool.infos),
+                "engine_deaths": self._pool.deaths,
                 "weight_version": status.weights.version if status.weights else -1,
                 "running_requests": status.running_requests,
                 "waiting_requests": status.waiting_requests,
@@ -314,6 +347,24 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
+async def _obey(command: EngineCommand, engine: Engine) -> Message:
+    """One of the learner's commands, done."""
+    match command:
+        case PrepareWeights():
+            await engine.check_health()
+            await engine.check_weights(command.manifest)
+        case JoinWeightGroup():
+            await engine.join_weight_group(command.spec, command.rank_offset)
+        case PauseEngine():
+            await engine.pause(PauseMode(command.mode))
+        case ReceiveWeights():
+            await engine.receive_weights(command.manifest, command.weights, command.shared)
+            return Received(engine.in_flight_at_update)
+        case ResumeEngine():
+            await engine.resume()
+    return Ok()
+
+
 def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
     """The actor's process. Returns when the hub says that the run is over, or True when it left before, as told."""
     return uvloop.run(_main(config, name, hub_address, run_directory))
@@ -322,15 +373,6 @@ def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) 
 async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
     checkpoint = Path(config.model.path)
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
-        engine = EmbeddedEngine(
-            checkpoint,
-            engine_id=f"{name}/embedded",
-            slots=config.actor.max_running_requests,
-            max_context=config.sampling.max_context_tokens,
-            device=config.actor.device,
-            threads=config.actor.threads,
-            fixed_slots=config.run.deterministic,
-            on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
-        )
-        rollout = make_rollout(config, checkpoint, engine)
-        return await Worker(config, name, engine, rollout, recorder).run(hub_address, LEAVE_SIGNALS)
+        pool = make_pool(config, name, run_directory / "logs", recorder)
+        rollout = make_rollout(config, checkpoint, pool)
+        return await Worker(config, name, pool, rollout, recorder).run(hub_address, LEAVE_SIGNALS)

@@ -70,12 +70,13 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         ]
     staleness_of_tokens = np.concatenate(trained_staleness) if trained_staleness else np.zeros(0)
     lengths = np.array([int(t.loss_mask.sum()) for t in ordered])
+    truncated = Counter(t.finish_reason for t in ordered if t.truncated)
     metrics = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "groups_with_equal_rewards": float((np.ptp(rewards, axis=1) == 0).sum()),
         "trajectories": float(with_weight),
-        "truncated_trajectories": float(sum(t.truncated for t in ordered)),
+        "truncated_trajectories": float(truncated.total()),
         "batch_tokens": float(sum(len(t.token_ids) for t in ordered)),
         "tokens_trained": float(len(staleness_of_tokens)),
         "sampled_tokens": float(lengths.sum()),
@@ -84,6 +85,7 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         "staleness_max": float(staleness_of_tokens.max()) if len(staleness_of_tokens) else 0.0,
         "tokens_masked_as_stale": float(masked_tokens),
         "mixed_version_trajectories": float(sum(len(t.tokens_by_version()) > 1 for t in ordered)),
+        **{f"truncated/{reason}": float(count) for reason, count in sorted(truncated.items())},
         **{f"staleness/{age}": float(ages[age]) for age in sorted(ages)},
     }
     return PreparedBatch(sequences, metrics | _environment_metrics(ordered))
@@ -107,11 +109,12 @@ def judged(batch: Batch) -> Sequence[Trajectory]:
 
 
 def filtered(batch: Batch, groups: int) -> dict[str, float]:
-    """What was generated besides this batch's ``groups`` and filtered out, for the metrics."""
+    """What was generated besides this batch's ``groups`` and filtered out, and what failed, for the metrics."""
     return {
         "groups_filtered": float(batch.groups_filtered),
         "tokens_filtered": float(batch.tokens_filtered),
         "over_sampling": (groups + batch.groups_filtered) / groups,
+        **{f"failed/{kind}": float(count) for kind, count in batch.episodes_failed.items()},
     }
 
 

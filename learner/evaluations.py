@@ -37,21 +37,28 @@ CALL_MARGIN_S = 60.0
 class Caller(Protocol):
     """What this needs of the connection to the hub."""
 
-    def begin(self, message: Message, timeout_s: float) -> Future[Message]: ...
+    def begin(self, message: Message, timeout_s: float, *, retry: bool = False) -> Future[Message]: ...
 
 
 class ScheduledEvaluations:
     """All evaluations during training; at most one per source runs at a time."""
 
     def __init__(
-        self, config: Config, client: Caller, events: EventLog, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        client: Caller,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+        start: int = 0,
     ) -> None:
+        """``start`` is the version that this learner begins from; one that was due there is asked again, as the learner
+        before may not have lived to see its result."""
         self._config = config.evaluation
         self._sources = list(config.task.evaluation) if config.evaluation.interval_versions else []
         self._client = client
         self._events = events
         self._clock = clock
-        self._last = 0
+        self._last = max(0, start - 1)
         """The version that was evaluated last, or 0: that is what ``evaluation.before`` is for"""
         self._open: dict[str, tuple[int, float, Future[Message]]] = {}
         """By source: the version it was for, when it began, and the call"""
@@ -76,7 +83,7 @@ class ScheduledEvaluations:
                 self._config.samples,
                 self._config.share,
             )
-            call = self._client.begin(message, self._config.timeout_s + CALL_MARGIN_S)
+            call = self._client.begin(message, self._config.timeout_s + CALL_MARGIN_S, retry=True)
             self._open[source] = (version, self._clock(), call)
 
     def collect(self) -> dict[str, float]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,13 +21,15 @@ from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
+from slime_async.learner.carriers import Backend
 from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.evaluations import ScheduledEvaluations, write_result
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
-from slime_async.learner.loop import SilentOutlet, take_snapshot, train
-from slime_async.learner.publisher import Publisher, Snapshot
+from slime_async.learner.loop import SilentOutlet, train
+from slime_async.learner.publisher import Publisher
+from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.learner.warm_start import Progress, warm_start
 from slime_async.protocol import (
@@ -103,6 +104,7 @@ class HubOutlet:
         self._warnings = WarningLog(config.algorithm)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl", incarnation)
         self._loggers = make_loggers(config, run_directory)
+        self._snapshots: Snapshots | None = None
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
@@ -112,8 +114,13 @@ class HubOutlet:
         self._client.call(Durable(self._incarnation, version), call_timeout_s(self._config), retry=True)
         self._events.write("checkpoint", version=version, seconds=seconds)
 
-    def publish(self, snapshot: Snapshot) -> float:
-        return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        if self._snapshots is None:
+            self._snapshots = Snapshots(trainer.manifest(), trainer.device)
+        snapshot = self._snapshots.begin(weights)
+        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
+        return waited_s
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self._evaluations.published(self._publisher.published)
@@ -188,6 +195,7 @@ class Learner:
 
     def __init__(self, config: Config, hub_address: str, run_directory: Path) -> None:
         self._config = config
+        self._hub_address = hub_address
         self._run_directory = run_directory
         self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner", "learner")
         self._supervised = Occupancy(self._recorder, "supervised")
@@ -219,11 +227,13 @@ class Learner:
                 self._config.weights,
                 weight_backend(self._config, trainer),
                 self._recorder,
-                own_address(self._client.address),
+                own_address(self._hub_address),
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
-            self._evaluations = ScheduledEvaluations(self._config, self._client, self._events)
+            self._evaluations = ScheduledEvaluations(
+                self._config, self._client, self._events, start=self._start.version
+            )
             self._outlet = HubOutlet(
                 self._config,
                 self._client,
@@ -251,7 +261,7 @@ class Learner:
                 config, trainer, start, self._checkpoints, self._outlet.durable, self._warm_start_progress
             )
         self._supervised.close()
-        self._outlet.publish(take_snapshot(trainer, WeightId(start.incarnation, start.version)))
+        self._outlet.publish(trainer, WeightId(start.incarnation, start.version))
         self._client.set_report({"phase": "waiting for actors"})
         with self._recorder.span("wait_engines"):
             self._publisher.wait_published(start.version, config.actor.startup_timeout_s)
@@ -313,7 +323,7 @@ def call_timeout_s(config: Config) -> float:
     return CALL_TIMEOUT_S + config.hub.reconnect_s
 
 
-def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:
+def weight_backend(config: Config, trainer: Trainer) -> Backend:
     """As configured; ``auto`` follows the device of the learner's weights."""
     if config.weights.backend != "auto":
         return config.weights.backend
@@ -352,7 +362,7 @@ def follow(config: Config, run_directory: Path) -> None:
         start = Start.share(None, checkpoints, trainer.device)
         with recorder.span("supervised"):
             checkpointer = begin_weights(config, trainer, start, checkpoints, outlet.durable, lambda *_: None)
-        take_snapshot(trainer, WeightId(start.incarnation, start.version))
+        trainer.take_part_in_export()  # of what RL starts from
         feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
         train(config, trainer, feed, outlet, recorder, checkpointer, start)
         trainer.save_hf(checkpoints.path / "final")

@@ -14,6 +14,8 @@ Granted             hub ──► actor         (note) reservations; these are t
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
 Failed              actor ──► hub         Ok; the sample is granted again
+EnginesChanged      actor ──► hub         (note) an engine of the actor's died, or came up again
+Ejected             hub ──► actor         (note) the learner gave an engine up: it has to be restarted
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
@@ -21,9 +23,10 @@ Durable             learner ──► hub       Ok; a checkpoint holds these wei
 Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted until Published
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
+Eject               learner ──► hub       Ok; the engine is no member any more, and its actor is told
 Relay               learner ──► hub       the reply of the actor to the message inside
   JoinWeightGroup   … ──► actor           Ok, when the engine is a member
-  PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
+  PrepareWeights    … ──► actor           Ok, when the engine is well and can use what the manifest names
   PauseEngine       … ──► actor           Ok, when no token is being sampled
   ReceiveWeights    … ──► actor           Received, when the new weights are in use
   ResumeEngine      … ──► actor           Ok
@@ -183,6 +186,21 @@ class Failed(Message):
     attempt: int
     reason: str
     evaluation: str = ""
+    kind: str = ""
+    """What it is counted as: the exception's class, with its own reason where it carries one"""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginesChanged(Message):
+    """The actor's engines that run now; one that was restarted has a new id."""
+
+    engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ejected(Message):
+    engine_id: str
+    reason: str
 
 
 # --------------------------------------------------------------------------------------------------- learner
@@ -212,6 +230,8 @@ class Batch(Message):
     """Groups dropped for equal rewards, or by ``task.filter``, since the batch before"""
     tokens_filtered: int = 0
     """Sampled in them"""
+    episodes_failed: dict[str, int] = field(default_factory=dict)
+    """By what they are counted as, since the batch before; each was granted again, or its group dropped"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +349,48 @@ class WeightManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaMemory:
+    """A CUDA allocation as other processes can open it; the fields are torch's own."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    ref_counter: bytes
+    ref_counter_offset: int
+    event: bytes
+    event_sync_required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """A shared memory object by name; the fields are torch's own."""
+
+    manager: bytes
+    handle: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor in memory that processes of one machine share; its name, dtype and shape are in a manifest."""
+
+    offset: int
+    """In elements"""
+    memory: CudaMemory | HostMemory
+
+
+@dataclass(frozen=True, slots=True)
 class Membership(Message):
     engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Eject(Message):
+    """Give up an engine that did not answer in time."""
+
+    engine: EngineInfo
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +404,7 @@ class JoinWeightGroup(Message):
 class PrepareWeights(Message):
     engine_id: str
     weights: WeightId
+    manifest: WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +418,8 @@ class ReceiveWeights(Message):
     engine_id: str
     manifest: WeightManifest
     weights: WeightId
+    shared: tuple[SharedTensor, ...] = ()
+    """Where the tensors lie, in the manifest's order; empty when they are broadcast"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ from slime_async.protocol import (
     Delivered,
     Drain,
     Durable,
+    Eject,
+    Ejected,
     EngineInfo,
+    EnginesChanged,
     Evaluate,
     EvaluationResult,
     Failed,
@@ -80,6 +84,9 @@ Result = TypeVar("Result")
 
 class Judge(Protocol):
     """What the configuration's ``task.group_reward`` and ``task.filter`` say of whole groups."""
+
+    async def prepare(self) -> None:
+        """Load what it needs, beside the run's start. What it raises ends the run."""
 
     async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
         """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
@@ -136,6 +143,8 @@ class Hub:
         self._learner: str | None = None
         self._told = self._queue.left_out
         """When the last batch was leased: batches carry the differences"""
+        self._failed: Counter[str] = Counter()
+        """Training episodes since then, by what failures are counted as"""
         assert judge is not None or not self._queue.limits.judge_groups
         self._judge = judge
         self._judging: dict[int, asyncio.Task[None]] = {}
@@ -176,9 +185,13 @@ class Hub:
         sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
         running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, storing, finishing, returning}
+        if self._judge is not None:
+            running.add(preparing := asyncio.create_task(self._judge.prepare(), name="prepare the judge"))
+            preparing.add_done_callback(self._surface)
         try:
-            await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching, telling, sampling, storing):
+            endless = (serving, watching, telling, sampling, storing)
+            await asyncio.wait((*endless, finishing), return_when=asyncio.FIRST_COMPLETED)
+            for task in endless:
                 if task.done():
                     await task
             if self._failure is not None:
@@ -228,7 +241,7 @@ class Hub:
             self._queue.published_version,
             self._engines() if hello.role == "learner" else (),
         )
-        if hello.role == "actor":
+        if hello.role != "observer":  # also a learner that returns, which takes no engines from its welcome
             self._members_changed.set()
         return welcome
 
@@ -247,6 +260,15 @@ class Hub:
 
     def _engines(self) -> tuple[EngineInfo, ...]:
         return tuple(engine for actor in self._actors.values() for engine in actor.engines)
+
+    async def _eject(self, message: Eject) -> None:
+        """From now on the engine is no member; its actor restarts it, and then says so."""
+        actor = self._actors.get(message.engine.actor)
+        if actor is not None and message.engine in actor.engines:
+            log.warning("engine %s is ejected: %s", message.engine.engine_id, message.reason)
+            actor.engines = tuple(engine for engine in actor.engines if engine != message.engine)
+            self._members_changed.set()
+            await self._server.note(message.engine.actor, Ejected(message.engine.engine_id, message.reason))
 
     async def _tell_learner_members(self) -> None:
         """After every change; a learner that takes no messages hears of the latest once it does."""
@@ -296,6 +318,7 @@ class Hub:
                     log.info("actor %s is leaving: nothing more is granted to it", peer.name)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
+                self._failed[message.kind or "unknown"] += not message.evaluation
             case Lease():
                 return await self._lease(message)
             case Commit():
@@ -312,6 +335,8 @@ class Hub:
                 await self._drain(message)
             case Evaluate():
                 return await self._evaluate(message)
+            case Eject():
+                await self._eject(message)
             case Relay():
                 return await self._relay(message)
             case GetStatus():
@@ -327,9 +352,14 @@ class Hub:
         return Ok()
 
     async def _on_note(self, peer: Peer, message: Message) -> None:
-        if not isinstance(message, Started):
-            raise ValueError(f"{type(message).__name__} is no note that the hub takes")
-        self._queue.start(message.key, message.attempt, self._clock())
+        match message:
+            case Started():
+                self._queue.start(message.key, message.attempt, self._clock())
+            case EnginesChanged() if peer.name in self._actors:
+                self._actors[peer.name].engines = message.engines
+                self._members_changed.set()
+            case _:
+                raise ValueError(f"{type(message).__name__} is no note that the hub takes")
 
     def _deliver(self, peer: Peer, message: Deliver) -> Delivered:
         trajectory = message.trajectory
@@ -353,7 +383,9 @@ class Hub:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
         left_out, before = self._queue.left_out, self._told
+        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
         self._told = left_out
+        self._failed.clear()
         return Batch(
             message.train_version,
             await self._store.get(leased.keys),
@@ -361,6 +393,7 @@ class Hub:
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
+            episodes_failed=failed,
         )
 
     async def _relay(self, message: Relay) -> Message:
@@ -428,7 +461,7 @@ class Hub:
                 self._judging[serial].add_done_callback(self._surface)
 
     def _surface(self, judging: asyncio.Task[None]) -> None:
-        """What is no fault of the user's functions, such as a journal that cannot be read, ends the run."""
+        """What no single group is to blame for (functions that cannot be loaded, a damaged journal) ends the run."""
         if not judging.cancelled() and (error := judging.exception()) is not None:
             self._fail(error)
 
@@ -443,6 +476,7 @@ class Hub:
         except Exception as error:  # user code may raise anything
             log.warning("the judge of group %d failed", serial, exc_info=error)
             self._judge_failures += 1
+            self._failed["judge"] += self._config.batch.group_size
             self._queue.give_up_group(serial, f"judge: {error}", self._clock())
             if self._judge_failures >= MAX_JUDGE_FAILURES:
                 self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,13 @@ class RayLauncher:
             bundles = bundles_of(command, self._config.cluster)
             place = self._places[command.place] = _Place(command.place, bundles, str(self._log_directory))
         command = replace(command, environment={**forwarded(os.environ), **command.environment})
-        process = RayProcess(command, place, self._keys, self._config.cluster, self._log_directory)
+        process = RayProcess(command, place, self._keys, self._config.cluster, self._log_directory, self._give_back)
         self._processes.append(process)
         return process
+
+    async def _give_back(self, place: str) -> None:
+        """Who was in this place has left it for good: others may have its machine."""
+        await self._places.pop(place).stop()
 
     async def stop(self) -> None:
         """Roles first, then their places; Ray kills what does not answer."""
@@ -97,8 +101,16 @@ class RayProcess:
     """One life of a role, on one machine or (a learner) on several."""
 
     def __init__(
-        self, command: RoleCommand, place: _Place, keys: Any, cluster: ClusterConfig, log_directory: Path
+        self,
+        command: RoleCommand,
+        place: _Place,
+        keys: Any,
+        cluster: ClusterConfig,
+        log_directory: Path,
+        give_back: Callable[[str], Awaitable[None]],
     ) -> None:
+        self._give_back = give_back
+        self._leaves = False
         self.name = command.name
         self.log = log_directory / f"{command.name}.log"
         self._place = place
@@ -108,13 +120,21 @@ class RayProcess:
         return await asyncio.shield(self._run)
 
     async def leave(self) -> None:
+        self._leaves = True
         await self._place.tell("leave")
 
     def cancel(self) -> None:
         self._run.cancel()
 
     async def _live(self, command: RoleCommand, keys: Any, cluster: ClusterConfig) -> int:
-        """Its exit code; a machine that is lost counts as SIGKILL."""
+        """One life, after which a place that it was to leave is free again."""
+        code = await self._exit_code(command, keys, cluster)
+        if self._leaves:
+            await self._give_back(self._place.name)
+        return code
+
+    async def _exit_code(self, command: RoleCommand, keys: Any, cluster: ClusterConfig) -> int:
+        """A machine that is lost counts as SIGKILL."""
         try:
             runners = await self._place.runners(cluster)
             meeting = await self._meeting(runners, command.ranks // len(runners), cluster)

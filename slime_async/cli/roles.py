@@ -26,7 +26,8 @@ def plan_run(config: Config, run: Path, listen: str = "") -> RunPlan:
         return RoleCommand(name, (*arguments, *where), thread_environment(1))
 
     def actor(address: str, name: str) -> RoleCommand:
-        arguments = (*PROGRAM, "actor", *settings, "--hub", address, "--name", name)
+        devices = ("--actor.devices", str(list(actor_devices(config, name)))) if config.actor.devices else ()
+        arguments = (*PROGRAM, "actor", *settings, "--hub", address, "--name", name, *devices)
         return RoleCommand(name, arguments, thread_environment(config.actor.threads))
 
     def learner(address: str, name: str) -> RoleCommand:
@@ -49,6 +50,13 @@ def plan_run(config: Config, run: Path, listen: str = "") -> RunPlan:
             "actor": config.actor.max_restarts,
         },
     )
+
+
+def actor_devices(config: Config, name: str) -> tuple[int, ...]:
+    """The share of ``actor.devices`` of the actor called ``actor-1`` or, in a later life, ``actor-1.2``."""
+    index = int(name.removeprefix("actor-").partition(".")[0])
+    share = len(config.actor.devices) // config.actor.count
+    return config.actor.devices[index * share : (index + 1) * share]
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from slime_async.cli.run_directory import is_owned
-from slime_async.config import ConfigError
+from slime_async.config import ConfigError, load_config
 
 WANTED = "actors.wanted"
 """In the run's directory, which is where a supervisor looks: whoever may write there may scale"""
@@ -28,6 +28,12 @@ def run(parsed: argparse.Namespace) -> int:
         raise ConfigError(f"there is no {parsed.run / 'config.toml'}: give the directory of a run")
     if not is_owned(parsed.run):
         raise ConfigError(f"no launcher runs in {parsed.run}: begin it with --actor.count {parsed.actors}")
+    config = load_config(parsed.run / "config.toml")
+    if config.actor.devices and parsed.actors > config.actor.count:
+        raise ConfigError(
+            f"actor.devices = {list(config.actor.devices)} are shared out among actor.count = {config.actor.count} "
+            f"actors: no GPU is left for more; start others elsewhere (slime-async actor --help)"
+        )
     ask(parsed.run, parsed.actors)
     print(f"asked for {parsed.actors} actors; {parsed.run / 'events.jsonl'} tells who joins and leaves")
     return 0

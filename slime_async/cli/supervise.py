@@ -11,7 +11,7 @@ actor        the learner must follow    started again
 Each is started again under a new name, ``max_restarts`` times per role in all; then, or at once when it says that the
 user must change something, the run failed. An actor that left because its scheduler told it to is replaced, and not
 counted. How many actors there are may change while it runs: the newest are asked to leave, and are not missed; new ones
-get numbers that none had before.
+take the places that are free.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from slime_async.cli.launcher import (
@@ -32,10 +33,10 @@ from slime_async.cli.launcher import (
     RoleCommand,
     RoleProcess,
     describe_exit,
-    log_tail,
     place_of,
     role_of,
 )
+from slime_async.logs import log_tail
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventName
 
@@ -98,7 +99,8 @@ class Supervisor:
         self._wanted_actors = wanted_actors
         self._actors: list[str] = []
         """Places of those that shall run, the oldest first"""
-        self._next_actor = 0
+        self._all_started = False
+        """Whether all of the plan has been started"""
         self._leaving: set[str] = set()
         self._exits: dict[asyncio.Task[int], RoleProcess] = {}
         self._lives: dict[str, int] = {}
@@ -119,6 +121,7 @@ class Supervisor:
         """Until the learner is done and the others have left. Raises ``RunError``; call ``stop`` in any case."""
         deadline: float | None = None
         loop = asyncio.get_running_loop()
+        self._all_started = True
         while True:
             if deadline is None:
                 await self._scale()
@@ -163,10 +166,14 @@ class Supervisor:
                     await process.leave()
 
     async def _add_actor(self) -> None:
-        name = f"actor-{self._next_actor}"
-        self._next_actor += 1
-        self._actors.append(name)
-        if self._next_actor > self._plan.actors:
+        place = next(p for p in map("actor-{}".format, count()) if p not in self._leaving and p not in self._actors)
+        self._actors.append(place)
+        name = place
+        if place in self._lives:  # somebody had this place, and has left it
+            self._lives[place] += 1
+            name = f"{place}.{self._lives[place]}"
+        self._lives.setdefault(place, 0)
+        if self._all_started:
             self._on_event("role_added", {"role": "actor", "process": name})
         await self._start(self._plan.actor(self.address, name))
 

@@ -81,6 +81,7 @@ def run(parsed: argparse.Namespace) -> int:
         return go_on(parsed, parsed.run_directory)
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     if parsed.run_directory is not None:
         directory = open_run_directory(parsed.run_directory)
     else:
@@ -153,6 +154,14 @@ def check_modules(config: Config) -> None:
     ]
     if missing:
         raise ConfigError("\n".join(missing))
+
+
+def check_servers(config: Config) -> None:
+    """Raise ``ConfigError`` for SGLang servers that cannot start as configured."""
+    if config.actor.engine == "sglang":
+        from slime_async.actors.engines import check_engines
+
+        check_engines(config)
 
 
 def train(

@@ -113,8 +113,26 @@ def _queue(config: Config) -> Iterator[str]:
 
 
 def _engines(config: Config) -> Iterator[str]:
-    if config.actor.engine == "sglang":
-        yield "actor.engine = 'sglang' is not connected in this release: use actor.engine = 'embedded'"
+    actor = config.actor
+    if actor.engine == "embedded":
+        if actor.engine_urls:
+            yield (
+                f"actor.engine_urls = {list(actor.engine_urls)} name SGLang servers, but actor.engine = 'embedded': "
+                "set actor.engine = 'sglang'"
+            )
+        if config.sglang:
+            yield f"[sglang] sets {', '.join(config.sglang)}, but actor.engine = 'embedded' has no SGLang server"
+        return
+    for url in actor.engine_urls:
+        if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):
+            yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
+    if actor.engine_urls and actor.count > 1:
+        yield (
+            f"actor.engine_urls are the engines of one actor, but actor.count = {actor.count}: use 1, or start actors "
+            "with URLs of their own"
+        )
+    if config.run.deterministic:
+        yield "run.deterministic = true needs actor.engine = 'embedded': SGLang's batches depend on timing"
 
 
 def _training(config: Config) -> Iterator[str]:

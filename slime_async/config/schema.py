@@ -126,6 +126,16 @@ class ActorConfig(Section):
     """Actor processes that ``slime-async train`` starts; 0 when they are started elsewhere"""
     engine: Literal["embedded", "sglang"] = "embedded"
     """Which engine an actor runs"""
+    engines: PositiveInt = 1
+    """Engines in one actor, each with its own copy of the weights, on [sglang] tp_size × pp_size devices each"""
+    engine_urls: tuple[str, ...] = ()
+    """SGLang servers that run elsewhere, in place of engines of the actor's own"""
+    devices: tuple[int, ...] = ()
+    """GPUs of this machine's actors, in order, shared out among their SGLang servers; empty: what CUDA shows"""
+    engine_stall_timeout_s: PositiveFloat = 120.0
+    """An SGLang server that has requests and samples nothing for this long is taken for hung, and restarted"""
+    health_interval_s: PositiveFloat = 5.0
+    """Between two health checks of each engine"""
     slots: PositiveInt = 128
     """Trajectories that run at once in one actor"""
     max_running_requests: PositiveInt = 128
@@ -135,7 +145,7 @@ class ActorConfig(Section):
     device: str = "cpu"
     """Of the embedded engine"""
     max_restarts: int = Field(8, ge=0)
-    """How many times dead actors are started again, all together, before the run fails"""
+    """How many times dead actors are started again, all together, before the run fails; within an actor, its engines"""
     startup_timeout_s: PositiveFloat = 600.0
     """Until an engine is up"""
     episode_timeout_s: PositiveFloat = 600.0
@@ -189,10 +199,21 @@ class WeightsConfig(Section):
     """While requests run, or only between batches (one-step-off)"""
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     """What happens to requests in flight: keep their KV cache, recompute it, or resubmit them"""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Of the broadcast; auto takes nccl where learner and engines have GPUs"""
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """What carries them: a broadcast over gloo or nccl (auto: as the learner's device wants it), or ipc, through memory
+    that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+
+    @property
+    def command_timeout_s(self) -> float:
+        """Of one command in an actor: the weight group's own deadline, which says more, comes first"""
+        return 1.5 * self.timeout_s
+
+    @property
+    def reply_timeout_s(self) -> float:
+        """Of one command as the learner sees it: whoever waits longest ejects"""
+        return 2 * self.timeout_s
 
 
 class LearnerConfig(Section):

@@ -1,10 +1,11 @@
-"""The demo's model: a Qwen3 of 0.43M parameters with fresh weights, written as a Hugging Face checkpoint."""
+"""The demo's models: Qwen3 with fresh weights, of 0.43M parameters for CPUs and of 126M for GPUs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,22 +13,34 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from slime_async.demo.tokenizer import EOS, PAD, VOCABULARY, make_tokenizer
 
-KEY_VALUE_HEADS = 1
 EMBEDDING_STD = 0.02
 RESIDUAL_GAIN = 0.5
 """Projections that write to the residual stream start smaller, so that it does not grow with depth at first."""
 
 
-def make_config() -> Qwen3Config:
-    """Qwen3's shape in small: grouped queries (3 heads on 1), QK-norm, SwiGLU, tied embeddings."""
+SMALL = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 288,
+}
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 3072,
+}
+
+
+def make_config(shape: Mapping[str, Any] = SMALL) -> Qwen3Config:
+    """Qwen3's shape in small: grouped queries, QK-norm, SwiGLU, tied embeddings."""
     return Qwen3Config(
+        **shape,
         vocab_size=len(VOCABULARY),
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        head_dim=32,
-        intermediate_size=288,
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
@@ -42,6 +55,11 @@ def make_config() -> Qwen3Config:
 def make_checkpoint(directory: Path | str, seed: int) -> None:
     """Write config, weights drawn from ``seed`` (fp32) and tokenizer into ``directory``, for ``from_pretrained``."""
     write_checkpoint(Path(directory), seed, make_config(), make_tokenizer())
+
+
+def make_large_checkpoint(directory: Path | str, seed: int) -> None:
+    """The same with 126M parameters."""
+    write_checkpoint(Path(directory), seed, make_config(LARGE), make_tokenizer())
 
 
 def write_checkpoint(directory: Path, seed: int, config: Qwen3Config, tokenizer: PreTrainedTokenizerFast) -> None:

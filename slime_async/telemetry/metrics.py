@@ -113,6 +113,8 @@ FAMILIES = {
     "staleness/": "sampled tokens of the batch by their age in versions, masked ones included",
     "sequences/": "computed, by bucket of staleness",
     "tokens/": "computed, by bucket of staleness",
+    "truncated/": "trajectories of the batch that a limit ended, by reason: `length`, `deadline`, …",
+    "failed/": "episodes that came to nothing since the batch before, by reason; their samples are generated again",
     "evaluation/": "of the evaluation that finished during this step, by source",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }

@@ -10,6 +10,7 @@ from slime_async.actors.engine import EngineStatus, GenerateRequest, Generation,
 from slime_async.actors.environment import Reward, Task
 from slime_async.actors.policy import EnginePolicy, EpisodeLimits
 from slime_async.demo.tokenizer import EOS, VOCABULARY, make_tokenizer
+from slime_async.protocol import WeightManifest
 from slime_async.trajectory import TaskRef, VersionSpan, WeightId
 
 EOS_ID = VOCABULARY.index(EOS)
@@ -74,6 +75,12 @@ class ScriptedProcess(ScriptedEngine):
 
     async def status(self) -> EngineStatus:
         return EngineStatus(self.engine_id, self.weights, False, 0, 0, 0)
+
+    async def check_health(self) -> None:
+        assert self.state == "started"
+
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        assert not manifest.tensors
 
     async def close(self) -> None:
         self.state = "closed"

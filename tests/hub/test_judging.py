@@ -12,7 +12,7 @@ import pytest
 
 from slime_async.actors.isolation import WorkerError
 from slime_async.actors.judging import Group, Sample, has_signal, judge_group, make_judge
-from slime_async.config import Config
+from slime_async.config import Config, ConfigError
 from slime_async.demo.tokenizer import EOS, VOCABULARY, make_tokenizer
 from slime_async.learner.batch import filtered, judged
 from slime_async.trajectory import Trajectory, VersionSpan, WeightId
@@ -29,6 +29,9 @@ class ScriptedJudge:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.seen: list[int] = []
+
+    async def prepare(self) -> None:
+        """Nothing is loaded."""
 
     async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
         if self.error is not None:
@@ -52,7 +55,10 @@ def test_a_batch_carries_the_judges_rewards_and_what_was_filtered_out() -> None:
         async with stage(judged_config(), judge) as hub:
             actor, learner = await hub.actor(), await hub.learner()
             await learner.publish(0)
-            await actor.deliver_all(await actor.granted(4))  # groups 0 and 1; the judge refuses 1
+            granted = await actor.granted(4)
+            await actor.fail(granted[0], "a game that would not end", "WorkerError:timeout")
+            granted[:1] = await actor.granted(1)
+            await actor.deliver_all(granted)  # groups 0 and 1; the judge refuses 1
             await actor.deliver_all(await actor.granted(2))  # group 2 takes its place
             batch = await learner.leased(0)
         assert judge.seen == [0, 1, 2]
@@ -64,6 +70,7 @@ def test_a_batch_carries_the_judges_rewards_and_what_was_filtered_out() -> None:
             "groups_filtered": 1.0,
             "tokens_filtered": 2.0 * sampled,
             "over_sampling": 1.5,
+            "failed/WorkerError:timeout": 1.0,
         }
 
     run(test())
@@ -94,6 +101,11 @@ def one_for_all(group: Group) -> list[float]:
     return [1.0]
 
 
+def make_tokenizer_at(directory: Path) -> Path:
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def user_config(checkpoint: Path | str = "x", **task: str) -> Config:
     return Config.model_validate(
         {
@@ -118,9 +130,10 @@ def episode(sample: int, *ids: int, reward: float = 0.0) -> Trajectory:
 
 
 def test_the_users_functions_see_answers_turn_by_turn(tmp_path: Path) -> None:
-    make_tokenizer().save_pretrained(tmp_path)
     config = user_config(
-        tmp_path, group_reward=f"{__name__}:shortest_wins", filter=f"{has_signal.__module__}:has_signal"
+        make_tokenizer_at(tmp_path),
+        group_reward=f"{__name__}:shortest_wins",
+        filter=f"{has_signal.__module__}:has_signal",
     )
     raw = [
         {"token_ids": t.token_ids, "loss_mask": t.loss_mask, "reward": 0.0, "finish_reason": "stop", "metrics": {}}
@@ -140,16 +153,21 @@ def test_a_sample_shows_its_answers_without_special_tokens_and_its_transcript_wi
     assert _sample(make_tokenizer(), {**raw, "metrics": {}}) == Sample(("3", "2"), "13<eos>52", 0.5, "stop", 3, {})
 
 
-def test_the_judge_is_a_process_of_its_own_and_its_failures_have_reasons() -> None:
+def test_the_judge_is_a_process_of_its_own_and_its_failures_have_reasons(tmp_path: Path) -> None:
     async def test() -> None:
         judge = make_judge(user_config(group_reward="tests.actors.workhorse:hang"))
+        misspelt = make_judge(user_config(make_tokenizer_at(tmp_path), filter="tests.actors.workhorse:hanf"))
         assert judge is not None
+        assert misspelt is not None
         try:
+            with pytest.raises(ConfigError, match=r"groups cannot be judged: .* did you mean hang"):
+                await misspelt.prepare()
             with pytest.raises(WorkerError, match=r"judge_group raised KeyError: 'train'") as failure:
                 await judge([episode(0, 3), episode(1, 3)])
             assert failure.value.reason == "KeyError", "the configuration has no such source"
         finally:
             await judge.close()
+            await misspelt.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))
     assert make_judge(user_config()) is None

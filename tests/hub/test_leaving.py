@@ -9,10 +9,11 @@ from typing import Any
 
 from slime_async.actors import single_turn
 from slime_async.actors.engine import GenerateRequest, Generation
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.worker import Worker
 from slime_async.config import Config
-from slime_async.protocol import Leaving, Ok, PrepareWeights, Relay, ResumeEngine
+from slime_async.protocol import Leaving, Ok, PrepareWeights, Relay, ResumeEngine, WeightManifest
 from slime_async.trajectory import WeightId
 from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedProcess, says
 from tests.hub.players import WAIT_S, Stage, make_config, run, stage
@@ -36,7 +37,7 @@ class GatedEngine(ScriptedProcess):
 async def working(hub: Stage, config: Config, engine: GatedEngine) -> AsyncIterator[tuple[Worker, asyncio.Task[bool]]]:
     settings = RolloutSettings(SAMPLING, TOKENIZER, single_turn.generate, lambda *_: 1.0, 0, 64, 10.0)
     rollout = Rollout(settings, {"train": [{"prompt": "+21="}] * 9}, engine)
-    worker = Worker(config, "w", engine, rollout)  # type: ignore[arg-type]
+    worker = Worker(config, "w", EnginePool("w", [lambda _: engine]), rollout)  # type: ignore[list-item, return-value]
     task = asyncio.create_task(worker.run(hub.hub.address))
     try:
         yield worker, task
@@ -132,7 +133,10 @@ def test_a_worker_does_not_leave_in_the_middle_of_a_publication() -> None:
         async with stage(config) as hub, working(hub, config, engine) as (worker, task):
             learner, observer = await hub.learner(), await hub.observer()
             await learner.members(1)
-            assert await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1)), WAIT_S)) == Ok()
+            assert (
+                await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1), WeightManifest(())), WAIT_S))
+                == Ok()
+            )
             worker.leave()
             for _ in range(5):
                 await observer.status()

@@ -27,8 +27,9 @@ class OpenCalls:
         self.asked: list[Evaluate] = []
         self.answers: list[Future[Message]] = []
 
-    def begin(self, message: Message, timeout_s: float) -> Future[Message]:
+    def begin(self, message: Message, timeout_s: float, *, retry: bool = False) -> Future[Message]:
         assert isinstance(message, Evaluate)
+        assert retry, "a hub that is started again is asked again"
         assert timeout_s > message.wait_s
         self.asked.append(message)
         self.answers.append(Future())
@@ -42,12 +43,14 @@ def events(tmp_path: Path) -> Iterator[EventLog]:
     log.close()
 
 
-def schedule(events: EventLog, hub: OpenCalls, *sources: str, interval: int | None = 10) -> ScheduledEvaluations:
+def schedule(
+    events: EventLog, hub: OpenCalls, *sources: str, interval: int | None = 10, start: int = 0
+) -> ScheduledEvaluations:
     table: dict[str, Any] = {
         "task": {"evaluation": {name: {"factory": "a:b"} for name in sources or ("held-out",)}},
         "evaluation": {"interval_versions": interval, "tasks": 4, "samples": 2, "share": 0.25, "timeout_s": 9.0},
     }
-    return ScheduledEvaluations(Config.model_validate(table), hub, events, clock=lambda: 0.0)
+    return ScheduledEvaluations(Config.model_validate(table), hub, events, clock=lambda: 0.0, start=start)
 
 
 RESULT = EvaluationResult("x", (1.0, 0.0, 1.0, 1.0, 0.0), 3, (10, 12), (2, 2, 1, 0))
@@ -63,6 +66,18 @@ def test_what_is_due_is_asked_once_and_skipped_versions_are_made_up_for(events: 
     evaluations.collect()
     evaluations.published(23)  # 20 was never the newest
     assert [message.name for message in hub.asked] == ["version_10/held-out", "version_23/held-out"]
+
+
+@pytest.mark.parametrize(("start", "asked"), [(17, []), (20, ["version_20/held-out"])])
+def test_a_learner_that_was_started_again_asks_for_what_is_due_at_its_version_alone(
+    events: EventLog, start: int, asked: list[str]
+) -> None:
+    hub = OpenCalls()
+    evaluations = schedule(events, hub, start=start)
+    evaluations.published(start)
+    assert [message.name for message in hub.asked] == asked
+    evaluations.published(20)
+    assert [message.name for message in hub.asked] == ["version_20/held-out"]
 
 
 def test_results_are_collected_without_waiting_and_name_the_versions_that_answered(
