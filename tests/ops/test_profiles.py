@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_large_profiles_make_a_job_script(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     script = run_script(config, path, tmp_path)
     assert script.count("#SBATCH hetjob") == 2
-    assert "--gpus-per-task=8" in script
+    assert re.search(r"--gpus-per-task=(h200:)?8\b", script)
     assert f"--nodes={config.learner.ranks // 8} " in script
     assert config.checkpoint.interval_steps
     assert f"--ntasks={config.actor.count}" in task_resources("actor", config.cluster, config.actor.count)
