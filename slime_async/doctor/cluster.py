@@ -154,5 +154,6 @@ def _told(values: Mapping[str, Sequence[str]]) -> str:
 
 
 def _some(hosts: Sequence[str]) -> str:
-    shown = sorted(hosts)[:4]
+    hosts = sorted(set(hosts))
+    shown = hosts[:4]
     return ", ".join(shown) + (f" and {len(hosts) - len(shown)} more" if len(hosts) > len(shown) else "")
