@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
@@ -51,6 +51,7 @@ from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.loggers import make_loggers
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.occupancy import Occupancy
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
@@ -139,6 +140,7 @@ class HubOutlet:
             log.warning("step %d: %s", step, finding.message)
             self._events.write("step_warning", step=step, **finding.fields())
         self._to_loggers(step, metrics)
+        PROCESS.tell("step", metrics)
         shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
         self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
@@ -364,16 +366,6 @@ def begin_weights(
         if config.checkpoint.interval_steps:
             checkpointer.begin(0)
     return checkpointer
-
-
-def own_address(hub_address: str) -> str:
-    """The address of this machine on the way to the hub, where engines beside the hub can reach it as well."""
-    host, _, port = hub_address.removeprefix("tcp://").rpartition(":")
-    family, kind, *_, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(peer)  # sends nothing: the kernel chooses a route
-        address: str = probe.getsockname()[0]
-    return address
 
 
 def follow(config: Config, hub_address: str, run_directory: Path) -> None:

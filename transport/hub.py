@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from slime_async.addresses import connectable
 from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
     Batch,
@@ -49,6 +51,7 @@ from slime_async.protocol import (
     Hello,
     HubTime,
     Lease,
+    Leaving,
     Membership,
     Message,
     NotReady,
@@ -64,6 +67,7 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
+from slime_async.telemetry.process import PROCESS
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.conversation import Answer
@@ -102,6 +106,10 @@ MAX_JUDGE_FAILURES = 8
 
 class LearnerLost(RuntimeError):
     """The learner went away before the run was finished."""
+
+
+class HubStopped(RuntimeError):
+    """The hub was told to stop, by SIGTERM."""
 
 
 @dataclass(slots=True)
@@ -198,7 +206,7 @@ class Hub:
             failed = self._failure is not None or not finishing.done()
             self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
             try:
-                if finishing.done():
+                if finishing.done() and not isinstance(self._failure, HubStopped):
                     await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
                 running.update(self._judging.values())
@@ -210,6 +218,10 @@ class Hub:
                     self._observer.close()
                     await self._server.close()
                     await self._store.close()
+
+    def stop(self) -> None:
+        """End ``run`` with ``HubStopped``: between two transitions, so that the journal never has half of one."""
+        self._fail(HubStopped("the hub was told to stop"))
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -311,6 +323,10 @@ class Hub:
         match message:
             case Deliver():
                 return self._deliver(peer, message)
+            case Leaving():
+                if peer.name in self._actors:
+                    self._actors[peer.name].slots = 0
+                    log.info("actor %s is leaving: nothing more is granted to it", peer.name)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
                 self._failed[message.kind or "unknown"] += not message.evaluation
@@ -469,7 +485,7 @@ class Hub:
         peers = tuple(PeerStatus(p.role, p.name, p.silent_s, p.report) for p in self._server.peers.values())
         statistics = self._queue.statistics(now).as_report()
         queue: Report = {**statistics, **self._store.as_report(), "waiting_for": self._queue.waiting_for(now)}
-        return RunStatus(self._run_id, queue, peers)
+        return RunStatus(self._run_id, queue, peers, PROCESS.about())
 
     # ------------------------------------------------------------------------------------------------- movement
 
@@ -541,7 +557,9 @@ class Hub:
     async def _sample_regularly(self) -> None:
         """How full the queue is, for the report."""
         while True:
-            self._observer.sample(self._queue.statistics(self._clock()).as_report())
+            statistics = self._queue.statistics(self._clock()).as_report()
+            self._observer.sample(statistics)
+            PROCESS.tell("queue", {**statistics, **self._store.as_report(), "actors": len(self._actors)})
             await asyncio.sleep(self._config.hub.heartbeat_interval_s)
 
     async def _watch_for_stalls(self) -> None:
@@ -563,7 +581,7 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
     """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
 
     ``judge`` as in ``Hub``. Raises ``ConfigError`` for what the user must change before it can listen,
-    ``JournalError`` and ``LearnerLost``.
+    ``JournalError``, ``LearnerLost`` and, at SIGTERM, ``HubStopped``.
     """
     import uvloop
 
@@ -578,9 +596,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
             raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
         except ValueError as error:  # keys, or a journal of another batch shape
             raise ConfigError(str(error)) from error
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, hub.stop)
         observer.listening()
         partial = ready_file.with_suffix(".partial")
-        partial.write_text(hub.address)
+        partial.write_text(connectable(hub.address))
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
         try:

@@ -22,6 +22,7 @@ def complaints(config: Config) -> list[str]:
         *_engines(config),
         *_training(config),
         *_hub(config),
+        *_cluster(config),
     ]
 
 
@@ -181,4 +182,13 @@ def _hub(config: Config) -> Iterator[str]:
             f"hub.heartbeat_timeout_s = {hub.heartbeat_timeout_s} with hub.heartbeat_interval_s = "
             f"{hub.heartbeat_interval_s} takes one late heartbeat for a death: use more than "
             f"{2 * hub.heartbeat_interval_s}"
+        )
+
+
+def _cluster(config: Config) -> Iterator[str]:
+    ranks, per_node = config.learner.ranks, config.cluster.learner_ranks_per_node
+    if per_node is not None and ranks % per_node:
+        yield (
+            f"learner.ranks = {ranks} does not fill machines of cluster.learner_ranks_per_node = {per_node}: use a "
+            "multiple, or fewer on each"
         )

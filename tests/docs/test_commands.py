@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from slime_async.cli.common import add_config_argument, config_of
+from slime_async.cli.common import add_config_argument, add_role_arguments, config_of
 from slime_async.cli.flags import FlagParser
 from slime_async.demo.model import make_checkpoint
 from tests.docs.pages import ROOT, Command, commands
-from tests.e2e.runs import DEMO, TINY, flags
+from tests.e2e.runs import DEMO, TINY, flags, started
 from tests.report.runs import write_run
 
 TIMEOUT_S = 110
@@ -37,9 +37,27 @@ AUDIT = re.compile(r"slime-async audit ")
 RESUME = re.compile(r"slime-async train --resume ")
 QUICK = re.compile(r"slime-async (doctor\b|\w+ --help)")
 SCRIPT = re.compile(r"scripts/(demo|test)\b")
+LAUNCH = re.compile(r"slime-async launch slurm .*--dry-run$")
+AGAINST_A_RUN = re.compile(r"slime-async (top|scale) ")
+"""Needs a job that goes on"""
+JOIN = re.compile(r"slime-async actor config\.toml ")
 SHELL_STATE = re.compile(r"\. \.venv/bin/activate$")
 """Changes the reader's shell; what it makes available is what everything here runs with"""
-RULES = (TRAIN, ROLE, REPORT, EVALUATION, KEYGEN, AUDIT, RESUME, QUICK, SCRIPT, SHELL_STATE)
+RULES = (
+    TRAIN,
+    ROLE,
+    REPORT,
+    EVALUATION,
+    KEYGEN,
+    AUDIT,
+    RESUME,
+    QUICK,
+    SCRIPT,
+    LAUNCH,
+    AGAINST_A_RUN,
+    JOIN,
+    SHELL_STATE,
+)
 
 ALL = commands()
 ROLE_ORDER = ("hub", "actor", "learner")
@@ -111,6 +129,40 @@ def test_a_documented_run(command: Command, tmp_path: Path) -> None:
     for further in of(EVALUATION) if command == of(TRAIN)[0] else []:
         done = run(A_RUN.sub(f"runs/{made.name}", further.text), tmp_path, *flags({"evaluation.tasks": "8"}))
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", of(LAUNCH), ids=str)
+def test_a_job_script_is_written(command: Command, tmp_path: Path) -> None:
+    shutil.copytree(DEMO.parent, tmp_path / "examples")
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    shutil.copy(DEMO, tmp_path / "runs" / "demo-1" / "config.toml")
+    done = run(A_RUN.sub("runs/demo-1", command.text), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [script] = re.findall(r"^submit it with: sbatch (\S+)$", done.stdout, re.MULTILINE)
+    subprocess.run(["bash", "-n", script], check=True, timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("command", of(JOIN), ids=str)
+def test_flags_of_an_actor_that_joins_are_understood(command: Command) -> None:
+    parser = FlagParser(prog="slime-async actor", allow_abbrev=False)
+    add_role_arguments(parser)
+    parsed = parser.parse_strictly(shlex.split(command.text)[2:])
+    assert parsed.hub == "tcp://HOST:7000"
+
+
+@pytest.mark.slow
+def test_commands_against_a_running_job(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    settings = {"run.steps": "100000", "hub.address": "tcp://0.0.0.0:0", "hub.keys": str(tmp_path / "client-keys")}
+    assert run("slime-async keygen client-keys", tmp_path).returncode == 0
+    with started(runs, settings) as running:
+        running.wait_for("a step", lambda: len(running.steps()) > 0)
+        port = (running.path / "hub.address").read_text().rpartition(":")[2]
+        for command in of(AGAINST_A_RUN):
+            text = A_RUN.sub(f"runs/{running.path.name}", command.text).replace("HOST:7000", f"127.0.0.1:{port}")
+            done = run(text, tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+        running.wait_for("the second actor", lambda: any(e["event"] == "role_added" for e in running.events()))
 
 
 @pytest.mark.slow
