@@ -24,6 +24,7 @@ import uvloop
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import EngineError, PauseMode
+from slime_async.actors.loop_watch import LoopWatch
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.actors.spans import ActorSpans
 from slime_async.config import Config
@@ -275,4 +276,5 @@ async def _main(config: Config, name: str, hub_address: str, run_directory: Path
             on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
         )
         rollout = make_rollout(config, checkpoint, engine)
-        await Worker(config, name, engine, rollout, recorder).run(hub_address)
+        async with LoopWatch():
+            await Worker(config, name, engine, rollout, recorder).run(hub_address)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +59,7 @@ from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
 from slime_async.trajectory import Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.failures import Failures
 from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
@@ -85,10 +85,6 @@ class Judge(Protocol):
         """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
 
     async def close(self) -> None: ...
-
-
-MAX_JUDGE_FAILURES = 8
-"""In a row; then the run fails, as no group would ever be trained"""
 
 
 class LearnerLost(RuntimeError):
@@ -132,12 +128,10 @@ class Hub:
         self._learner: str | None = None
         self._told = self._queue.left_out
         """When the last batch was leased: batches carry the differences"""
-        self._failed: Counter[str] = Counter()
-        """Training episodes since then, by what failures are counted as"""
+        self._failures = Failures(clock)
         assert judge is not None or not self._queue.limits.judge_groups
         self._judge = judge
         self._judging: dict[int, asyncio.Task[None]] = {}
-        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -265,6 +259,10 @@ class Hub:
             self._members_changed.set()
             self._wake()
 
+    def _end_if_hopeless(self) -> None:
+        if why := self._failures.hopeless:
+            self._fail(ConfigError(why))
+
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._finish_reason = str(error)
@@ -290,7 +288,8 @@ class Hub:
                 return self._deliver(peer, message)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
-                self._failed[message.kind or "unknown"] += not message.evaluation
+                self._failures.episode_failed(message.kind, message.reason, counts=not message.evaluation)
+                self._end_if_hopeless()
             case Lease():
                 return await self._lease(message)
             case Commit():
@@ -331,6 +330,7 @@ class Hub:
         assert isinstance(trajectory, ReceivedTrajectory)
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
         outcome = self._queue.deliver(meta, peer.name, self._clock())
+        self._failures.episode_succeeded()
         if outcome == "accepted" and not message.evaluation:
             self._store.keep(trajectory)
         self._wake()
@@ -348,9 +348,7 @@ class Hub:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
         left_out, before = self._queue.left_out, self._told
-        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
         self._told = left_out
-        self._failed.clear()
         return Batch(
             message.train_version,
             await self._store.get(leased.keys),
@@ -358,7 +356,7 @@ class Hub:
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
-            episodes_failed=failed,
+            episodes_failed=self._failures.take(),
         )
 
     async def _relay(self, message: Relay) -> Message:
@@ -437,14 +435,12 @@ class Hub:
         try:
             rewards, keep = await self._judge(trajectories)
             self._queue.judge(serial, rewards, keep, self._clock())
-            self._judge_failures = 0
+            self._failures.group_succeeded()
         except Exception as error:  # user code may raise anything
             log.warning("the judge of group %d failed", serial, exc_info=error)
-            self._judge_failures += 1
-            self._failed["judge"] += self._config.batch.group_size
+            self._failures.group_failed(len(trajectories), str(error))
             self._queue.give_up_group(serial, f"judge: {error}", self._clock())
-            if self._judge_failures >= MAX_JUDGE_FAILURES:
-                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+            self._end_if_hopeless()
         del self._judging[serial]
         self._wake()
 
