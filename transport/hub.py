@@ -18,7 +18,6 @@ import asyncio
 import logging
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,6 +71,7 @@ from slime_async.trajectory import NOT_SAMPLED, Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.conversation import Answer
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.failures import Failures
 from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
@@ -98,10 +98,6 @@ class Judge(Protocol):
         """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
 
     async def close(self) -> None: ...
-
-
-MAX_JUDGE_FAILURES = 8
-"""In a row; then the run fails, as no group would ever be trained"""
 
 
 class LearnerLost(RuntimeError):
@@ -149,12 +145,10 @@ class Hub:
         self._learner: str | None = None
         self._told = self._queue.left_out
         """When the last batch was leased: batches carry the differences"""
-        self._failed: Counter[str] = Counter()
-        """Training episodes since then, by what failures are counted as"""
+        self._failures = Failures(clock)
         assert judge is not None or not self._queue.limits.judge_groups
         self._judge = judge
         self._judging: dict[int, asyncio.Task[None]] = {}
-        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -295,6 +289,10 @@ class Hub:
             self._members_changed.set()
             self._wake()
 
+    def _end_if_hopeless(self) -> None:
+        if why := self._failures.hopeless:
+            self._fail(ConfigError(why))
+
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._finish_reason = str(error)
@@ -329,7 +327,8 @@ class Hub:
                     log.info("actor %s is leaving: nothing more is granted to it", peer.name)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
-                self._failed[message.kind or "unknown"] += not message.evaluation
+                self._failures.episode_failed(message.kind, message.reason, counts=not message.evaluation)
+                self._end_if_hopeless()
             case Lease():
                 return await self._lease(message)
             case FollowLease():
@@ -381,6 +380,7 @@ class Hub:
         assert isinstance(trajectory, ReceivedTrajectory)
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
         outcome = self._queue.deliver(meta, peer.name, self._clock())
+        self._failures.episode_succeeded()
         if outcome == "accepted" and not message.evaluation:
             self._store.keep(trajectory)
         self._wake()
@@ -398,9 +398,7 @@ class Hub:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
         left_out, before = self._queue.left_out, self._told
-        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
         self._told = left_out
-        self._failed.clear()
         return Batch(
             message.train_version,
             await self._store.get(leased.keys) if message.payloads else (),
@@ -408,7 +406,7 @@ class Hub:
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
-            episodes_failed=failed,
+            episodes_failed=self._failures.take(),
             stored=() if message.payloads else self._stored(message.train_version),
         )
 
@@ -518,14 +516,12 @@ class Hub:
         try:
             rewards, keep = await self._judge(trajectories)
             self._queue.judge(serial, rewards, keep, self._clock())
-            self._judge_failures = 0
+            self._failures.group_succeeded()
         except Exception as error:  # user code may raise anything
             log.warning("the judge of group %d failed", serial, exc_info=error)
-            self._judge_failures += 1
-            self._failed["judge"] += self._config.batch.group_size
+            self._failures.group_failed(len(trajectories), str(error))
             self._queue.give_up_group(serial, f"judge: {error}", self._clock())
-            if self._judge_failures >= MAX_JUDGE_FAILURES:
-                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+            self._end_if_hopeless()
         del self._judging[serial]
         self._wake()
 
