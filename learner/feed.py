@@ -24,15 +24,18 @@ CHECK_INTERVAL_S = 1.0
 
 
 class Feed(Protocol):
-    def next_batch(self, train_version: int) -> Batch:
-        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank."""
+    def next_batch(self, train_version: int) -> Batch | None:
+        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank.
+
+        None: there is no time for another.
+        """
 
 
 class HubFeed:
     """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
 
-    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Raises
-    ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Nothing
+    is begun once ``time_limit_s`` has passed since the first batch was asked for. Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class HubFeed:
         timeout_s: float,
         patience_s: float,
         check: Callable[[], None],
+        time_limit_s: float | None = None,
     ) -> None:
         self._client = client
         self._incarnation = incarnation
@@ -50,10 +54,14 @@ class HubFeed:
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._check = check
+        self._time_limit_s = time_limit_s
+        self._began_s: float | None = None
         self._ahead: Future[Message] | None = None
         self._ahead_version = -1
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
+        if self._time_is_up():
+            return None
         deadline = time.monotonic() + self._timeout_s
         reason = "no answer from the hub"
         while True:
@@ -71,6 +79,11 @@ class HubFeed:
                     f"no batch for version {train_version} within {self._timeout_s:.0f} s "
                     f"(learner.lease_timeout_s); the hub says: {reason}"
                 )
+
+    def _time_is_up(self) -> bool:
+        now = time.monotonic()
+        self._began_s = now if self._began_s is None else self._began_s
+        return self._time_limit_s is not None and now - self._began_s >= self._time_limit_s
 
     def _ask(self, train_version: int) -> None:
         lease = Lease(self._incarnation, train_version, LEASE_POLL_S)
@@ -93,11 +106,13 @@ class SharingFeed:
         self._feed = feed
         self._device = device
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
         batch = self._feed.next_batch(train_version)
-        frames = [memoryview(frame) for frame in encode(batch)]
+        frames = [memoryview(frame) for frame in encode(batch)] if batch is not None else []
         sizes = torch.tensor([len(frames), *(frame.nbytes for frame in frames)], dtype=torch.int64)
         dist.broadcast(sizes[:1].to(self._device), src=0)
+        if batch is None:
+            return None
         dist.broadcast(sizes[1:].to(self._device), src=0)
         payload = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8)
         dist.broadcast(payload.to(self._device), src=0)
@@ -111,9 +126,11 @@ class FollowingFeed:
         self._device = device
         self._limits = limits
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
         count = torch.zeros(1, dtype=torch.int64, device=self._device)
         dist.broadcast(count, src=0)
+        if not int(count):
+            return None
         sizes = torch.zeros(int(count), dtype=torch.int64, device=self._device)
         dist.broadcast(sizes, src=0)
         payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)

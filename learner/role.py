@@ -244,10 +244,10 @@ class Learner:
         if config.evaluation.before and start.version == 0:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
-        train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
+        reached = train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
-            self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
+            self._publisher.wait_published(reached, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
@@ -267,6 +267,7 @@ class Learner:
             self._config.learner.lease_timeout_s,
             call_timeout_s(self._config),
             check,
+            self._config.run.time_limit_s,
         )
         return feed if dist.get_world_size() == 1 else SharingFeed(feed, trainer.device)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "audit": "prove from a run's journal and metrics that nothing was lost and nothing trained twice",
     "doctor": "what on this machine will not work, and what to do about it",
     "report": "a run, or several compared, as one HTML file",
+    "bench": "synchronous against asynchronous training on the same devices",
     "hub": "one role: the queue, which the others connect to",
     "actor": "one role: generates trajectories",
     "learner": "one role: trains and publishes weights (one process per rank)",
