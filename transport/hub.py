@@ -56,6 +56,7 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
+from slime_async.queue.spread import spread_grants
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.observer import HubObserver
@@ -369,12 +370,10 @@ class Hub:
         self._changed = asyncio.Event()
 
     def _grant(self) -> None:
-        """To the actors with the most free slots first, so that a batch spreads over all of them."""
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
-        for name in sorted(free, key=lambda name: -free[name]):
-            reservations = self._queue.grant(name, free[name], now) if free[name] > 0 else ()
-            if reservations and not self._server.note_nowait(name, Granted(reservations)):
+        for name, reservations in spread_grants(self._queue, free, now).items():
+            if not self._server.note_nowait(name, Granted(tuple(reservations))):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -202,4 +203,4 @@ def hardware_of(environment: Environment, config: Config) -> str:
     """What every mode had, as anybody would say it."""
     if on_gpus(config) and environment.gpus:
         return f"{config.bench.devices}× {environment.gpus[0].name}, {environment.cpus} CPU cores"
-    return f"{config.bench.devices} CPU cores, {environment.platform.rpartition('-')[0].rpartition('-')[2]}"
+    return f"{config.bench.devices} CPU cores, {platform.machine()}"
