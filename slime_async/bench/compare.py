@@ -74,19 +74,20 @@ class Comparison:
     def best_async(self) -> Row | None:
         """Of moderate staleness."""
         rows = [row for row in self.rows if 0 < row.measurement.max_staleness <= MODERATE_STALENESS]
-        return max(
-            (row for row in rows if row.measurement.mode.startswith("async")), key=_speed, default=None
-        )
+        return max((row for row in rows if row.measurement.mode.startswith("async")), key=_speed, default=None)
 
     def figures(self) -> dict[str, float | str]:
         """The headline; empty unless both a synchronous and an asynchronous mode were measured."""
         sync, best = self.best_sync, self.best_async
         if sync is None or best is None:
             return {}
-        bound = sync.measurement.step_s / best.ideal.overlapped_s
+        bound = sync.measurement.step_s / best.ideal.overlapped_s  # batches are equally large in all modes
         return {
             "async_over_best_sync": best.over_best_sync.mean,
             "async_over_best_sync_half_width": best.over_best_sync.half_width,
+            "trained_tokens_over_best_sync": (
+                best.measurement.trained_tokens_per_s / sync.measurement.trained_tokens_per_s
+            ),
             "bound_of_async_over_best_sync": bound,
             "learner_wait_fraction": waiting_fraction(best.measurement, "learner"),
             "bottleneck_busy_fraction": best.of_ideal,
@@ -106,6 +107,7 @@ class Comparison:
                     for n, learner in self.learners.items()
                 },
             },
+            "lengths": quantiles([n for row in self.rows for n in row.measurement.lengths]),
             "modes": {row.measurement.mode: _plain_row(row) for row in self.rows},
         }
 
@@ -159,6 +161,7 @@ HEADS = (
     "samples/s",
     "× best sync",
     "sampled tokens/s",
+    "… not masked",
     "learner tokens/s",
     "s/batch",
     "max / sum, alone",
@@ -184,6 +187,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.samples_per_s),
         f"{row.over_best_sync.mean:.2f}",
         f"{sampled:,.0f}",
+        f"{m.trained_tokens_per_s:,.0f}",
         f"{computed:,.0f}",
         f"{m.step_s:.2f}",
         f"{row.ideal.overlapped_s:.2f} / {row.ideal.alternating_s:.2f}",
@@ -207,6 +211,12 @@ def table(comparison: Comparison, target: float | None = None) -> str:
             cell.append("–" if at is None else f"{at:.0f}")
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quantiles(lengths: Sequence[int], count: int = 256) -> list[int]:
+    """So many values that stand for the distribution."""
+    ordered = sorted(lengths)
+    return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)] if ordered else []
 
 
 def _speed(row: Row) -> float:

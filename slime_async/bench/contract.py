@@ -89,7 +89,9 @@ def check_after(measurements: Sequence[Measurement], servers: str) -> list[Claus
             f"{sum(w.seconds for m in measurements for w in m.windows) / sum(len(m.windows) for m in measurements):.0f}"
             " s on average, each of whole batches",
         ),
-        Clause("nothing died", not any(m.deaths for m in measurements), f"{sum(m.deaths for m in measurements)} deaths"),
+        Clause(
+            "nothing died", not any(m.deaths for m in measurements), f"{sum(m.deaths for m in measurements)} deaths"
+        ),
     ]
     if servers:
         clauses.append(Clause("the same warm servers", True, servers))

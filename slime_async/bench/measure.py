@@ -27,6 +27,9 @@ class Measurement:
 
     mode: str
     layout: str
+    learner_devices: tuple[int, ...]
+    actor_devices: tuple[int, ...]
+    engine_ranks: int
     max_staleness: int
     synchronous: bool
     windows: tuple[Window, ...]
@@ -51,6 +54,8 @@ class Measurement:
     staleness_mean: float
     """Over tokens with weight in the loss"""
     staleness_max: int
+    trained_tokens_per_s: float
+    """Sampled, and with weight in the loss"""
     masked_fraction: float
     """Of sampled tokens, beyond the bound and without weight in the loss"""
     accuracy: tuple[tuple[float, float], ...]
@@ -79,7 +84,7 @@ class Measurement:
                 **plain,
                 "windows": tuple(Window(**window) for window in plain["windows"]),
                 "accuracy": tuple((x, y) for x, y in plain["accuracy"]),
-                "lengths": tuple(plain["lengths"]),
+                **{name: tuple(plain[name]) for name in ("lengths", "learner_devices", "actor_devices")},
                 "timeline": {
                     process: tuple((start, end, part) for start, end, part in cuts)
                     for process, cuts in plain["timeline"].items()
@@ -108,6 +113,9 @@ def measure(run: RunData, mode: Mode, bench: BenchConfig, lengths: Mapping[int, 
     return Measurement(
         mode=mode.name,
         layout=mode.layout,
+        learner_devices=mode.learner_devices,
+        actor_devices=mode.actor_devices,
+        engine_ranks=mode.engine_ranks,
         max_staleness=mode.max_staleness,
         synchronous=mode.synchronous,
         windows=tuple(windows),
@@ -122,6 +130,7 @@ def measure(run: RunData, mode: Mode, bench: BenchConfig, lengths: Mapping[int, 
         overlap=_overlap(run.tracks, interval),
         staleness_mean=sum(s["staleness_mean"] * s["tokens_trained"] for s in steps) / max(1.0, trained),
         staleness_max=int(max(step["staleness_max"] for step in steps)),
+        trained_tokens_per_s=trained / (measured[1] - measured[0]),
         masked_fraction=1 - trained / max(1.0, sum(step["sampled_tokens"] for step in steps)),
         accuracy=tuple(curve),
         time_to_target_s=_first_at(curve, bench.target_accuracy),

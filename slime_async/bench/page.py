@@ -108,9 +108,7 @@ def _timelines(rows: Sequence[Row]) -> str:
 
 
 def _contract(clauses: Sequence[Clause]) -> str:
-    items = "".join(
-        f"<li{'' if clause.holds else ' class=alarm'}>{escape(str(clause))}</li>" for clause in clauses
-    )
+    items = "".join(f"<li{'' if clause.holds else ' class=alarm'}>{escape(str(clause))}</li>" for clause in clauses)
     return f'<ul class="findings">{items}</ul>'
 
 

@@ -35,7 +35,9 @@ def core_of(device: int) -> int:
     """The CPU core that stands for a device. Raises ``ConfigError`` when there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     if device >= len(cores):
-        raise ConfigError(f"bench.devices needs core {device}, but this machine lends {len(cores)}: lower bench.devices")
+        raise ConfigError(
+            f"bench.devices needs core {device}, but this machine lends {len(cores)}: lower bench.devices"
+        )
     return cores[device]
 
 
@@ -69,9 +71,7 @@ def plan_mode(config: Config, run: Path, mode: Mode, urls: Mapping[int, str]) ->
     return replace(plan, learner=learner, actor=actor)
 
 
-async def run_mode(
-    config: Config, mode: Mode, directory: Path, urls: Mapping[int, str]
-) -> Measurement:
+async def run_mode(config: Config, mode: Mode, directory: Path, urls: Mapping[int, str]) -> Measurement:
     """Run a mode and measure it. Raises ``RunError`` when it fails."""
     bench = config.bench
     own = configure(config, mode, directory, bench.warmup_s + bench.windows * bench.window_s)

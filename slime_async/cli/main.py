@@ -24,6 +24,8 @@ COMMANDS = {
     "doctor": "what on this machine will not work, and what to do about it",
     "report": "a run, or several compared, as one HTML file",
     "bench": "synchronous against asynchronous training on the same devices",
+    "simulate": "a cluster in virtual time, with the real admission and queue code",
+    "plan": "how to split a cluster between actors and learner",
     "hub": "one role: the queue, which the others connect to",
     "actor": "one role: generates trajectories",
     "learner": "one role: trains and publishes weights (one process per rank)",

@@ -106,7 +106,9 @@ class Cluster:
                 raise RuntimeError(f"nothing can happen any more: {self._queue.waiting_for(self.now)}")
             self.now, _, happen = heapq.heappop(self._events)
             happen()
-        raise RuntimeError(f"{MAX_EVENTS} events and only {len(self._steps)} steps: {self._queue.waiting_for(self.now)}")
+        raise RuntimeError(
+            f"{MAX_EVENTS} events and only {len(self._steps)} steps: {self._queue.waiting_for(self.now)}"
+        )
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         if when < math.inf:
@@ -344,7 +346,11 @@ class Cluster:
         sampled = sum(step.sampled_tokens for step in counted)
         busy = self._engine_busy_at[-1] - self._engine_busy_at[scenario.warmup_steps - 1]
         full = scenario.engines * scenario.engine.max_running / scenario.engine.step_with(scenario.engine.max_running)
-        learner = sum(min(end, counted[-1].trained_s) - max(start, first.trained_s) for start, end in self._busy if end > first.trained_s)
+        learner = sum(
+            min(end, counted[-1].trained_s) - max(start, first.trained_s)
+            for start, end in self._busy
+            if end > first.trained_s
+        )
         ages = staleness_of(counted)
         stale = sum(step.stale_tokens for step in counted)
         engines_full = sampled / seconds / full
