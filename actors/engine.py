@@ -10,13 +10,17 @@ actor's event loop; none blocks it. A request's life::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import VersionSpan, WeightId
+
+BusySpan = Callable[[int, int], None]
+"""Called with the first and last nanosecond (``time.monotonic_ns``) of uninterrupted computing, on whatever thread"""
 
 
 class PauseMode(StrEnum):
@@ -85,6 +89,36 @@ class EngineStatus:
 class EngineError(RuntimeError):
     """The engine could not do what was asked. The message says which engine, what, and why."""
 
+    partial: Generation | None = None
+    """Of a ``generate`` that broke off: what the engine had handed over by then, to go on from elsewhere"""
+
+
+def check_request(request: GenerateRequest, vocab_size: int, max_context: int) -> None:
+    """What every engine refuses, with ``ValueError``, before it costs anything: some engines die of such requests."""
+    ids, sampling = request.prompt_ids, request.sampling
+    if not ids:
+        raise ValueError(f"request {request.request_id}: the prompt is empty; it needs at least one token")
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"request {request.request_id}: token id {wrong[0]} is outside the vocabulary of {vocab_size}; "
+            "was it encoded with another model's tokenizer?"
+        )
+    if len(ids) >= max_context:
+        raise ValueError(
+            f"request {request.request_id}: a prompt of {len(ids)} tokens leaves no room in a context of "
+            f"{max_context}; raise sampling.max_context_tokens or shorten the prompt"
+        )
+    refused = {
+        "max_new_tokens": (sampling.max_new_tokens, sampling.max_new_tokens < 1, "ask for at least 1"),
+        "temperature": (sampling.temperature, not 0 <= sampling.temperature < math.inf, "0 is greedy, 1 the model"),
+        "top_p": (sampling.top_p, not 0 < sampling.top_p <= 1, "a share of the mass, 1 for all"),
+        "seed": (sampling.seed, not 0 <= (sampling.seed or 0) < 2**64, "64 bits without a sign"),
+        "resumed_tokens": (request.resumed_tokens, not 0 <= request.resumed_tokens <= len(ids), "they end the prompt"),
+    }
+    for name, (value, is_refused, remedy) in refused.items():
+        if is_refused:
+            raise ValueError(f"request {request.request_id}: {name} = {value}; {remedy}")
+
 
 class Engine(Protocol):
     """One inference engine: any number of devices that hold one copy of the weights."""
@@ -115,13 +149,26 @@ class Engine(Protocol):
 
     async def resume(self) -> None: ...
 
+    @property
+    def in_flight_at_update(self) -> int:
+        """Requests that were being sampled when the last weights arrived."""
+
     async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
         """Join a group of which the learner is rank 0; leaves the one before. Returns when all have joined."""
 
-    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
-        """Take part in one broadcast and use its weights from the next sampled token on."""
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        """Raises ``ValueError`` for weights of another model: asked before anybody sends, when it costs nothing yet."""
 
-    async def status(self) -> EngineStatus: ...
+    async def receive_weights(
+        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+    ) -> None:
+        """Take part in one broadcast, or take what is ``shared``; use it from the next sampled token on."""
+
+    async def status(self) -> EngineStatus:
+        """Raises ``EngineError`` when the engine died. Costs nothing."""
+
+    async def check_health(self) -> None:
+        """Raises ``EngineError`` when the engine died or hangs; a paused engine is healthy. May ask the engine."""
 
     async def close(self) -> None:
         """Release everything; open requests end with ``EngineError``."""

@@ -1,52 +1,31 @@
 """Episodes, token by token: what was given to the policy and what it sampled.
 
 What the engine sampled is what is trained; nothing is ever decoded and tokenised again. Each turn's prompt must extend
-all tokens before it, so an episode is one sequence, and the tokens that the environment put between two answers are
-not trained:
+all tokens of its branch before it, and the tokens that the environment put between two answers are not trained:
 
     turn 1     prompt [ a b c ]              sampled [ d e ]
     turn 2     prompt [ a b c d e f g ]      sampled [ h ]
 
     token_ids         [ a b c | d e | f g | h ]
     loss_mask         [ 0 0 0 | 1 1 | 0 0 | 1 ]
+
+An episode is a tree. ``fork`` begins a branch with the tokens so far, as context; ``branch`` begins one from nothing,
+perhaps for another role. A sampled token is trained once, in the branch that sampled it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slime_async import branches
+from slime_async.actors.turn import Turn, merge_spans, shift_spans
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One answer of the policy; N tokens were sampled.
-
-    Raises ``ValueError`` when log-probs or spans do not fit the tokens.
-    """
-
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    """[N], the stop token included"""
-    logprobs: Sequence[float]
-    """[N], log μ"""
-    spans: tuple[VersionSpan, ...]
-    """Count from the first sampled token (0)"""
-    finish_reason: str
-    """``stop`` or ``length``"""
-
-    def __post_init__(self) -> None:
-        n = len(self.output_ids)
-        if len(self.logprobs) != n:
-            raise ValueError(f"{len(self.logprobs)} log-probabilities for {n} sampled tokens: there must be one each")
-        starts = [span.first_token for span in self.spans]
-        if n and (starts[:1] != [0] or starts != sorted(set(starts)) or starts[-1] >= n):
-            raise ValueError(f"version spans start at {starts}: must start at 0, ascend and lie within {n} tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +37,11 @@ class Episode:
     behavior_logprobs: NDArray[np.float32]
     spans: tuple[VersionSpan, ...]
     reward: float
+    """The return: the final reward and every turn's"""
     finish_reason: str
     metrics: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Branches, where there are several (``slime_async.branches``)"""
 
     def to_trajectory(self, task: TaskRef, sample: int, attempt: int) -> Trajectory:
         """The episode as the learner gets it."""
@@ -74,60 +56,73 @@ class Episode:
             reward=self.reward,
             finish_reason=self.finish_reason,
             metrics=self.metrics,
+            extras=self.extras,
         )
 
 
-class EpisodeBuilder:
-    """Collects the turns of one episode.
+class BranchBuilder:
+    """Collects the turns of one branch.
 
-    The next prompt of a multi-turn episode is ``builder.token_ids`` followed by the environment's own tokens.
+    The next prompt is ``branch.token_ids`` followed by the environment's own tokens.
     """
 
-    def __init__(self) -> None:
-        self._token_ids: list[int] = []
-        self._loss_mask: list[int] = []
-        self._logprobs: list[float] = []
+    def __init__(self, root: EpisodeBuilder | None, role: str, context: Sequence[int]) -> None:
+        self.role = role
+        self.reward: float | None = None
+        """What this branch earned at its end; the episode's final reward when left at None"""
+        self._root = root
+        self._token_ids = list(context)
+        self._loss_mask = [0] * len(context)
+        self._logprobs = [0.0] * len(context)
         self._spans: list[VersionSpan] = []
-        self._finish_reason = ""
+        self._turn_rewards: dict[int, float] = {}
+        """By position of the turn's last token"""
 
     @property
     def token_ids(self) -> list[int]:
         """All tokens so far, given and sampled (a copy)."""
         return list(self._token_ids)
 
-    def add(self, turn: Turn) -> None:
-        """Append one turn. Raises ``ValueError`` where its prompt departs from the tokens before it."""
-        self._check_extends(turn.prompt_ids)
+    @property
+    def sampled_tokens(self) -> int:
+        """Of this branch, that train"""
+        return sum(self._loss_mask)
+
+    def add(self, turn: Turn, reward: float = 0.0, *, trained: bool = True) -> None:
+        """Append one turn, and what it earned on the spot.
+
+        With ``trained`` False it is context: an answer of some other policy. Raises ``ValueError`` where the prompt
+        departs from the tokens before it, and for a reward that is not finite or has no sampled token to go to.
+        """
+        if not math.isfinite(reward) or (reward and not (trained and turn.output_ids)):
+            raise ValueError(f"a turn's reward is {reward}: it must be finite, and the turn must have trained tokens")
+        self.check_extends(turn.prompt_ids)
         inserted = turn.prompt_ids[len(self._token_ids) :]
         start = len(turn.prompt_ids)
+        n = len(turn.output_ids)
         self._token_ids += [*inserted, *turn.output_ids]
-        self._loss_mask += [0] * len(inserted) + [1] * len(turn.output_ids)
-        self._logprobs += [0.0] * len(inserted) + list(turn.logprobs)
-        self._spans += shift_spans(turn.spans, start) if turn.output_ids else ()
-        self._finish_reason = turn.finish_reason
+        self._loss_mask += [0] * len(inserted) + [int(trained)] * n
+        self._logprobs += [0.0] * len(inserted) + (list(turn.logprobs) if trained else [0.0] * n)
+        if trained and n:
+            self._spans += shift_spans(turn.spans, start)
+        if reward:
+            self._turn_rewards[start + n - 1] = reward
+        self._top.last_turn_ended(turn.finish_reason)
 
-    def finish(
-        self, reward: float, *, finish_reason: str | None = None, metrics: Mapping[str, float] | None = None
-    ) -> Episode:
-        """End the episode with its return; ``finish_reason`` is the last turn's unless the environment has its own.
+    def fork(self, role: str | None = None) -> BranchBuilder:
+        """A branch that goes on from the tokens so far; they are context there, whoever sampled them."""
+        return self._top.begin(BranchBuilder(self._top, self.role if role is None else role, self._token_ids))
 
-        Raises ``ValueError`` when no token was sampled or the reward is not finite.
-        """
-        if not any(self._loss_mask):
-            raise ValueError("an episode in which the policy sampled no token cannot be trained: add() a turn first")
-        if not math.isfinite(reward):
-            raise ValueError(f"reward is {reward}: it must be a finite number")
-        return Episode(
-            token_ids=np.asarray(self._token_ids, dtype=np.int32),
-            loss_mask=np.asarray(self._loss_mask, dtype=np.uint8),
-            behavior_logprobs=np.asarray(self._logprobs, dtype=np.float32),
-            spans=merge_spans(self._spans),
-            reward=float(reward),
-            finish_reason=finish_reason or self._finish_reason,
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-        )
+    def branch(self, role: str = "") -> BranchBuilder:
+        """A branch that begins from nothing: another role's view, or a history that was rewritten."""
+        return self._top.begin(BranchBuilder(self._top, role, ()))
 
-    def _check_extends(self, prompt_ids: Sequence[int]) -> None:
+    def continues(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a turn with this prompt can be added here."""
+        return list(prompt_ids[: len(self._token_ids)]) == self._token_ids
+
+    def check_extends(self, prompt_ids: Sequence[int]) -> None:
+        """Raises ``ValueError`` at the first position where a prompt departs from this branch."""
         known = self._token_ids
         for position, (before, now) in enumerate(zip(known, prompt_ids, strict=False)):
             if before != now:
@@ -141,16 +136,82 @@ class EpisodeBuilder:
                 f"{len(known)} tokens: a prompt must contain everything before it"
             )
 
+    @property
+    def _top(self) -> EpisodeBuilder:
+        assert self._root is not None
+        return self._root
 
-def shift_spans(spans: Iterable[VersionSpan], offset: int) -> list[VersionSpan]:
-    """The same spans, counted from ``offset`` tokens earlier."""
-    return [VersionSpan(first + offset, weights) for first, weights in spans]
+
+class EpisodeBuilder(BranchBuilder):
+    """The first branch of an episode, and the record of all of them."""
+
+    def __init__(self, role: str = "") -> None:
+        super().__init__(None, role, ())
+        self._root = self
+        self._branches: list[BranchBuilder] = [self]
+        self._finish_reason = ""
+
+    def begin(self, branch: BranchBuilder) -> BranchBuilder:
+        """Take a new branch into the episode; ``fork`` and ``branch`` do so."""
+        self._branches.append(branch)
+        return branch
+
+    def last_turn_ended(self, finish_reason: str) -> None:
+        """Remember how the latest turn of any branch ended."""
+        self._finish_reason = finish_reason
+
+    def finish(
+        self, reward: float = 0.0, *, finish_reason: str | None = None, metrics: Mapping[str, float] | None = None
+    ) -> Episode:
+        """End the episode with its final reward; ``finish_reason`` is the last turn's unless the environment has its
+        own. Branches in which nothing was sampled are left out.
+
+        Raises ``ValueError`` when no token was sampled, a reward is not finite, or two roles share a number.
+        """
+        kept = [branch for branch in self._branches if branch.sampled_tokens]
+        if not kept:
+            raise ValueError("an episode in which the policy sampled no token cannot be trained: add() a turn first")
+        for given in (reward, *(branch.reward for branch in kept)):
+            if given is not None and not math.isfinite(given):
+                raise ValueError(f"reward is {given}: it must be a finite number")
+        starts = np.cumsum([0, *(len(branch._token_ids) for branch in kept)])[:-1]
+        spans = [span for branch, start in zip(kept, starts, strict=True) for span in shift_spans(branch._spans, start)]
+        token_rewards = {
+            int(start) + position: value
+            for branch, start in zip(kept, starts, strict=True)
+            for position, value in branch._turn_rewards.items()
+        }
+        token_ids = np.concatenate([np.asarray(branch._token_ids, dtype=np.int32) for branch in kept])
+        extras, earned = _extras(kept, starts, token_rewards, len(token_ids))
+        return Episode(
+            token_ids=token_ids,
+            loss_mask=np.concatenate([np.asarray(branch._loss_mask, dtype=np.uint8) for branch in kept]),
+            behavior_logprobs=np.concatenate([np.asarray(branch._logprobs, dtype=np.float32) for branch in kept]),
+            spans=merge_spans(VersionSpan(int(first), weights) for first, weights in spans),
+            reward=float(reward) + earned,
+            finish_reason=finish_reason or self._finish_reason,
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            extras=extras,
+        )
 
 
-def merge_spans(spans: Iterable[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Drop each span that only continues the weights of the one before it."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if not merged or merged[-1].weights != span.weights:
-            merged.append(span)
-    return tuple(merged)
+def _extras(
+    kept: Sequence[BranchBuilder], starts: NDArray[np.int64], token_rewards: Mapping[int, float], num_tokens: int
+) -> tuple[dict[str, NDArray[Any]], float]:
+    """The optional columns, only those that say something; and the sum of the turns' rewards, as fp32 holds them."""
+    extras: dict[str, NDArray[Any]] = {}
+    roles = {branch.role: branches.role_id(branch.role) for branch in kept}
+    if len(set(roles.values())) != len(roles):
+        raise ValueError(f"roles {sorted(roles)} share a number: rename one of them")
+    if len(kept) > 1 or any(branch.role or branch.reward is not None for branch in kept):
+        rewards = [math.nan if branch.reward is None else branch.reward for branch in kept]
+        extras[branches.STARTS] = starts.astype(np.int32)
+        extras[branches.ROLES] = np.array([roles[branch.role] for branch in kept], dtype=np.int64)
+        extras[branches.REWARDS] = np.array(rewards, dtype=np.float32)
+    if not token_rewards:
+        return extras, 0.0
+    column = np.zeros(num_tokens, dtype=np.float32)
+    for position, value in token_rewards.items():
+        column[position] = value
+    extras[branches.TOKEN_REWARDS] = column
+    return extras, float(column.sum(dtype=np.float64))

@@ -44,6 +44,7 @@ async def evaluate_checkpoint(
             raise EngineError(f"engine {engine.engine_id} holds no weights: build it with those of {checkpoint}")
         return await evaluate_source(rollout, source, num_tasks, config.actor.slots, on_progress)
     finally:
+        await rollout.close()
         await engine.close()
 
 

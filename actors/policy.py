@@ -7,23 +7,44 @@ sample, turn, position) and not on which other requests were in the batch.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
-from slime_async.actors.environment import ContextFullError
-from slime_async.actors.episode import Turn, merge_spans, shift_spans
+from slime_async.actors.environment import ContextFullError, EpisodeTruncated
+from slime_async.actors.turn import Turn, merge_spans, shift_spans
 from slime_async.trajectory import VersionSpan
+
+ABORT_GRACE_S = 30.0
+"""For an engine to hand over what it sampled until it was told to stop; weights may be arriving meanwhile."""
 
 
 class Sampler(Protocol):
-    """The one method of an engine that rollouts use; a pool of engines has it too."""
+    """What rollouts use of an engine; a pool of engines has it too."""
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """As ``Engine.generate``."""
+
+    async def abort(self, request_id: str) -> None:
+        """As ``Engine.abort``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeLimits:
+    """What one episode may use; None is without limit."""
+
+    max_context_tokens: int
+    """Prompt and answer of one turn together"""
+    max_episode_tokens: int | None = None
+    """Sampled in all turns"""
+    turn_timeout_s: float | None = None
+    truncate_after_s: float | None = None
+    """Since the episode began"""
 
 
 def derive_seed(*key: int | str) -> int:
@@ -35,49 +56,94 @@ def derive_seed(*key: int | str) -> int:
 class EnginePolicy:
     """``Policy`` of one episode on one engine or engine pool."""
 
-    def __init__(self, engine: Sampler, sampling: SamplingParams, *, seed: int, max_context_tokens: int) -> None:
-        """``seed`` is the episode's own; ``max_context_tokens`` bounds prompt and answer together."""
+    def __init__(
+        self,
+        engine: Sampler,
+        sampling: SamplingParams,
+        limits: EpisodeLimits,
+        *,
+        seed: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``seed`` is the episode's own."""
         self._engine = engine
         self._sampling = sampling
+        self._limits = limits
         self._seed = seed
-        self._max_context_tokens = max_context_tokens
+        self._clock = clock
+        self._begun = clock()
         self._session = uuid.uuid4().hex
-        self._turns = 0
+        self._asked = 0
+        self._promised = 0
+        """Tokens that turns in progress may still sample"""
+        self.turns: list[Turn] = []
+        """Everything sampled so far, in the order in which it was finished"""
+        self.sampled_tokens = 0
         self.resubmissions = 0
         """How often an aborted request was submitted again"""
 
     def room(self, prompt_ids: Sequence[int]) -> int:
-        return max(0, self._max_context_tokens - len(prompt_ids))
+        context = self._limits.max_context_tokens - len(prompt_ids)
+        return max(0, context if self._tokens_left is None else min(context, self._tokens_left))
+
+    @property
+    def time_left_s(self) -> float | None:
+        limit = self._limits.truncate_after_s
+        return None if limit is None else max(0.0, self._begun + limit - self._clock())
 
     async def sample(self, prompt_ids: Sequence[int], sampling: SamplingParams | None = None) -> Turn:
         params = sampling or self._sampling
-        room = self.room(prompt_ids)
-        if room == 0:
+        self._check_limits(prompt_ids)
+        seed = derive_seed(self._seed, self._asked) if params.seed is None else params.seed
+        self._asked += 1
+        limit = min(params.max_new_tokens, self.room(prompt_ids))
+        self._promised += limit
+        try:
+            turn = await self._sample(list(prompt_ids), replace(params, seed=seed, max_new_tokens=limit))
+        finally:
+            self._promised -= limit
+        if not turn.output_ids:
+            raise EpisodeTruncated("deadline", "no token was sampled before the turn's deadline")
+        self.turns.append(turn)
+        self.sampled_tokens += len(turn.output_ids)
+        return turn
+
+    @property
+    def _tokens_left(self) -> int | None:
+        limit = self._limits.max_episode_tokens
+        return None if limit is None else limit - self.sampled_tokens - self._promised
+
+    def _check_limits(self, prompt_ids: Sequence[int]) -> None:
+        limits = self._limits
+        if self.time_left_s == 0.0:
+            raise EpisodeTruncated("deadline", f"sampling.truncate_after_s = {limits.truncate_after_s:g} s are over")
+        if self._tokens_left is not None and self._tokens_left <= 0:
+            raise EpisodeTruncated(
+                "token_budget", f"all of sampling.max_episode_tokens = {limits.max_episode_tokens} are sampled"
+            )
+        if self.room(prompt_ids) == 0:
             raise ContextFullError(
                 f"a prompt of {len(prompt_ids)} tokens leaves no room within sampling.max_context_tokens = "
-                f"{self._max_context_tokens}: raise it, or end the episode when policy.room(prompt_ids) is 0"
+                f"{limits.max_context_tokens}: raise it, or end the episode when policy.room(prompt_ids) is 0"
             )
-        seed = derive_seed(self._seed, self._turns) if params.seed is None else params.seed
-        self._turns += 1
-        return await self._sample(
-            list(prompt_ids), replace(params, seed=seed, max_new_tokens=min(params.max_new_tokens, room))
-        )
 
     async def _sample(self, prompt_ids: list[int], params: SamplingParams) -> Turn:
-        """Sample until the engine says stop or length. What an abort interrupts goes on from its last token."""
+        """Sample until the engine says stop or length, or time is over. What an abort interrupts goes on from its last
+        token."""
         output_ids: list[int] = []
         logprobs: list[float] = []
         spans: list[VersionSpan] = []
+        times = [t for t in (self._limits.turn_timeout_s, self.time_left_s) if t is not None]
+        deadline = self._clock() + min(times) if times else None
         while True:
-            part = await self._engine.generate(
-                GenerateRequest(
-                    request_id=uuid.uuid4().hex,
-                    prompt_ids=prompt_ids + output_ids,
-                    sampling=replace(params, max_new_tokens=params.max_new_tokens - len(output_ids)),
-                    session=self._session,
-                    resumed_tokens=len(output_ids),
-                )
+            request = GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                prompt_ids=prompt_ids + output_ids,
+                sampling=replace(params, max_new_tokens=params.max_new_tokens - len(output_ids)),
+                session=self._session,
+                resumed_tokens=len(output_ids),
             )
+            part, in_time = await self._generate(request, deadline)
             if part.output_ids:
                 spans += shift_spans(part.spans, len(output_ids))
             output_ids += part.output_ids
@@ -88,5 +154,22 @@ class EnginePolicy:
             if len(output_ids) >= params.max_new_tokens:
                 finish_reason = "length"
                 break
+            if not in_time:
+                finish_reason = "deadline"
+                break
             self.resubmissions += 1
         return Turn(prompt_ids, output_ids, logprobs, merge_spans(spans), finish_reason)
+
+    async def _generate(self, request: GenerateRequest, deadline: float | None) -> tuple[Generation, bool]:
+        """The engine's answer, and whether it came by itself before ``deadline``; it is told to stop at that time."""
+        if deadline is None:
+            return await self._engine.generate(request), True
+        answering = asyncio.ensure_future(self._engine.generate(request))
+        try:
+            await asyncio.wait({answering}, timeout=max(0.0, deadline - self._clock()))
+            if answering.done():
+                return answering.result(), True
+            await self._engine.abort(request.request_id)
+            return await asyncio.wait_for(answering, ABORT_GRACE_S), False
+        finally:
+            answering.cancel()

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime_async.actors.engine import SamplingParams
-from slime_async.actors.environment import Episode, Generate, Reward, Task
-from slime_async.actors.policy import EnginePolicy, Sampler, derive_seed
+from slime_async.actors.environment import Episode, EpisodeTruncated, Generate, Reward, Task
+from slime_async.actors.isolation import WorkerPool
+from slime_async.actors.plugins import load_generate, load_reward
+from slime_async.actors.policy import EnginePolicy, EpisodeLimits, Sampler, derive_seed
+from slime_async.actors.recorder import record
+from slime_async.actors.shaping import Overlong
 from slime_async.actors.sources import Source, load_sources
 from slime_async.actors.tokenizer import load_tokenizer, stop_token_ids
 from slime_async.config.schema import Config
-from slime_async.objects import load_callable
 from slime_async.protocol import Report, Reservation
 from slime_async.trajectory import Trajectory
 
@@ -37,6 +40,8 @@ class RolloutFailure:
 
     reason: str
     """The exception's class and text"""
+    kind: str
+    """What it is counted as (``failure_kind``)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,16 @@ class RolloutSettings:
     """The run's"""
     max_context_tokens: int
     timeout_s: float
-    """Deadline of one episode"""
+    """An episode that takes longer has failed"""
+    max_episode_tokens: int | None = None
+    turn_timeout_s: float | None = None
+    truncate_after_s: float | None = None
+    truncated_reward: float = 0.0
+    overlong: Overlong | None = None
+    isolate_reward: bool = False
+    workers: int = 1
+    worker_memory_bytes: int = 0
+    worker_timeout_s: float = 60.0
 
     @classmethod
     def from_config(cls, config: Config, checkpoint: Path) -> RolloutSettings:
@@ -67,11 +81,26 @@ class RolloutSettings:
         return cls(
             sampling=sampling,
             tokenizer=tokenizer,
-            generate=load_callable(config.task.generate, "task.generate"),
-            reward=load_callable(config.task.reward, "task.reward") if config.task.reward else None,
+            generate=load_generate(config.task),
+            reward=load_reward(config.task),
             seed=config.run.seed,
             max_context_tokens=config.sampling.max_context_tokens,
             timeout_s=config.actor.episode_timeout_s,
+            max_episode_tokens=config.sampling.max_episode_tokens,
+            turn_timeout_s=config.sampling.turn_timeout_s,
+            truncate_after_s=config.sampling.truncate_after_s,
+            truncated_reward=config.task.truncated_reward,
+            overlong=Overlong.from_config(config),
+            isolate_reward=config.task.isolate_reward,
+            workers=config.task.processes,
+            worker_memory_bytes=config.task.process_memory_bytes,
+            worker_timeout_s=config.task.process_timeout_s,
+        )
+
+    @property
+    def limits(self) -> EpisodeLimits:
+        return EpisodeLimits(
+            self.max_context_tokens, self.max_episode_tokens, self.turn_timeout_s, self.truncate_after_s
         )
 
 
@@ -87,6 +116,10 @@ class Rollout:
         self._sampled_tokens = 0
         self._busy_s = 0.0
         self._failures: Counter[str] = Counter()
+        self._truncated: Counter[str] = Counter()
+        self._workers = WorkerPool(
+            settings.workers, memory_bytes=settings.worker_memory_bytes, timeout_s=settings.worker_timeout_s
+        )
 
     @property
     def source_sizes(self) -> dict[str, int]:
@@ -104,12 +137,14 @@ class Rollout:
             trajectory = episode.to_trajectory(reservation.task, reservation.sample, reservation.attempt)
         except Exception as error:  # user code may raise anything: it ends one episode, never the actor
             name = type(error).__name__
-            self._failures[name] += 1
+            kind = failure_kind(error)
+            self._failures[kind] += 1
             logger.warning("episode of %s sample %d failed", reservation.task, reservation.sample, exc_info=error)
-            return RolloutFailure(f"{name}: {error}")
+            return RolloutFailure(f"{name}: {error}", kind)
         finally:
             self._busy_s += time.monotonic() - started
         self._finished += 1
+        self._truncated[trajectory.finish_reason] += trajectory.truncated
         self._sampled_tokens += int(trajectory.loss_mask.sum())
         return trajectory
 
@@ -118,16 +153,15 @@ class Rollout:
         if ref.source not in self._sources:
             raise ValueError(f"no source {ref.source!r} here, only {sorted(self._sources)}: configurations differ")
         policy = EnginePolicy(
-            self._engine,
-            settings.sampling,
-            seed=episode_seed(settings.seed, reservation),
-            max_context_tokens=settings.max_context_tokens,
+            self._engine, settings.sampling, settings.limits, seed=episode_seed(settings.seed, reservation)
         )
         try:
             async with asyncio.timeout(settings.timeout_s) as deadline:
-                content = self._sources[ref.source][ref.index]
-                task = Task(ref, reservation.sample, content, settings.sampling, settings.tokenizer, settings.reward)
-                episode = await settings.generate(task, policy)
+                episode = await settings.generate(self._task(reservation), policy)
+        except EpisodeTruncated as truncation:
+            if not policy.turns:
+                raise
+            episode = record(policy.turns).finish(settings.truncated_reward, finish_reason=truncation.reason)
         except TimeoutError as error:
             if not deadline.expired():
                 raise  # the environment's own
@@ -136,10 +170,34 @@ class Rollout:
             self._resubmissions += policy.resubmissions
         if not isinstance(episode, Episode):
             raise TypeError(f"task.generate returned a {type(episode).__name__}: it must return an Episode")
-        return episode
+        training = not reservation.evaluation
+        return settings.overlong.shape(episode) if settings.overlong is not None and training else episode
+
+    def _task(self, reservation: Reservation) -> Task:
+        settings, ref = self._settings, reservation.task
+        return Task(
+            ref=ref,
+            sample=reservation.sample,
+            content=self._sources[ref.source][ref.index],
+            sampling=settings.sampling,
+            tokenizer=settings.tokenizer,
+            reward=settings.reward,
+            isolate_reward=settings.isolate_reward,
+            workers=self._workers,
+        )
+
+    async def close(self) -> None:
+        """End the worker processes; an environment that is a class may have a ``close``, which is awaited first."""
+        close = getattr(getattr(self._settings.generate, "__self__", None), "close", None)
+        if close is not None:
+            await close()
+        await self._workers.close()
 
     def report(self) -> Report:
-        """Counts since start, for the actor's heartbeat; one ``rollout/failed/<exception>`` per kind of failure."""
+        """Counts since start, for the actor's heartbeat.
+
+        One ``rollout/failed/<exception>`` per kind of failure, one ``rollout/truncated/<reason>`` per limit.
+        """
         return {
             "rollout/finished": self._finished,
             "rollout/failed": self._failures.total(),
@@ -147,7 +205,14 @@ class Rollout:
             "rollout/resubmissions": self._resubmissions,
             "rollout/busy_s": self._busy_s,
             **{f"rollout/failed/{name}": count for name, count in sorted(self._failures.items())},
+            **{f"rollout/truncated/{reason}": count for reason, count in sorted(self._truncated.items()) if count},
         }
+
+
+def failure_kind(error: Exception) -> str:
+    """What a failure is counted as: its class, and the reason that it carries, if it does."""
+    reason = getattr(error, "reason", None)
+    return f"{type(error).__name__}:{reason}" if isinstance(reason, str) and reason else type(error).__name__
 
 
 def make_rollout(config: Config, checkpoint: Path, engine: Sampler) -> Rollout:

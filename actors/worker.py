@@ -2,9 +2,10 @@
 
 ::
 
-    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine (its own thread or server)
+    hub ── Granted ──► rollout tasks (at most ``slots``) ── generate ──► engine pool ──► engines (threads or servers)
         ◄─ Deliver ──      one coroutine per reservation
-        ── JoinWeightGroup, Pause, Receive, Resume ─────────────────────► engine
+        ── JoinWeightGroup, Pause, Receive, Resume ────────────────────────────────────► one of its engines
+        ◄─ EnginesChanged ── an engine died, or came up again ──────────── engine pool
 
 Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
 without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, or with
@@ -18,18 +19,23 @@ import logging
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
-from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import EngineError, PauseMode
+from slime_async.actors.engine import Engine, EngineError, PauseMode
+from slime_async.actors.engines import make_pool
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.actors.spans import ActorSpans
 from slime_async.config import Config
 from slime_async.protocol import (
     Deliver,
+    Ejected,
+    EngineCommand,
     EngineInfo,
+    EnginesChanged,
     Failed,
     Granted,
     Hello,
@@ -69,37 +75,44 @@ class RunEnded(RuntimeError):
 
 
 class Worker:
-    """One actor: one engine, one connection, and a coroutine per reservation."""
+    """One actor: one engine pool, one connection, and a coroutine per reservation."""
 
     def __init__(
         self,
         config: Config,
         name: str,
-        engine: EmbeddedEngine,
+        pool: EnginePool,
         rollout: Rollout,
         recorder: SpanRecorder | None = None,
     ) -> None:
         self._config = config
         self._spans = ActorSpans(recorder or SpanRecorder(None, name))
         self._name = name
-        self._engine = engine
+        self._pool = pool
         self._rollout = rollout
         self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
         self._client: HubClient | None = None
         self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
         self._held: dict[tuple[TrajectoryKey, int], Reservation] = {}
         """Granted, and neither delivered nor failed: what this actor tells a hub that it comes back to"""
-        self._latest: tuple[Message, asyncio.Task[Message]] | None = None
-        """The learner's latest command: it comes again when its answer was lost with a connection"""
+        self._latest: dict[str, tuple[EngineCommand, asyncio.Task[Message]]] = {}
+        """The learner's latest command to each engine: it comes again when its answer was lost with a connection"""
 
     async def run(self, hub_address: str) -> None:
-        """Until the hub says that the run is over. Raises what broke: the connection, the engine, or a bug of ours."""
-        await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        """Until the hub says that the run is over. Raises what broke: the connection, the engines, or a bug of ours."""
+        try:
+            await self._pool.start()
+            await self._serve(hub_address)
+        finally:
+            await self._rollout.close()
+            await self._pool.close()
+
+    async def _serve(self, hub_address: str) -> None:
         hello = Hello(
             role="actor",
             name=self._name,
             slots=self._config.actor.slots,
-            engines=(EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks),),
+            engines=self._pool.infos,
             sources=self._rollout.source_sizes,
         )
         hub = self._config.hub
@@ -109,11 +122,13 @@ class Worker:
             handler=self._handle,
             security=client_security(hub),
             reconnect_s=hub.reconnect_s,
-            refreshed_hello=lambda: replace(hello, running=tuple(self._held.values())),
+            refreshed_hello=lambda: replace(hello, engines=self._pool.infos, running=tuple(self._held.values())),
         )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
+                tasks.create_task(self._pool.run(), name="engine pool")
+                tasks.create_task(self._tell_of_engines(self._client, hello.engines), name="engines")
                 tasks.create_task(self._report_regularly(self._client), name="report")
                 tasks.create_task(keep_aligned(self._client, self._spans.recorder), name="clock")
                 tasks.create_task(self._end_when_told(), name="shutdown")
@@ -121,10 +136,9 @@ class Worker:
         except* RunOver:
             log.info("the run is over")
         finally:
-            if self._latest is not None:
-                self._latest[1].cancel()
+            for _, command in self._latest.values():
+                command.cancel()
             await self._client.close()
-            await self._engine.close()
             self._spans.close()
 
     async def _end_when_told(self) -> None:
@@ -146,46 +160,57 @@ class Worker:
                 if not self._shutdown.done():
                     self._shutdown.set_result(message)
                 return None
-        try:
-            return await self._once(message)
-        except (EngineError, WeightGroupError) as failed:  # the learner's to handle; a dead engine ends its rollouts
-            log.warning("%s failed: %s", type(message).__name__, failed)
-            raise RemoteError(type(failed).__name__, str(failed)) from failed
-
-    async def _once(self, message: Message) -> Message:
-        """Carry out a command, or wait for its outcome if it is the latest one come again."""
-        if self._latest is None or self._latest[0] != message:
-            task = asyncio.create_task(self._command(message), name=type(message).__name__)
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to whoever asks for it
-            self._latest = message, task
-        return await asyncio.shield(self._latest[1])
-
-    async def _command(self, message: Message) -> Message:
-        """What the learner asks of the engine."""
-        self._check_engine(message)
-        match message:
-            case PrepareWeights():
-                await self._engine.status()
-            case JoinWeightGroup():
-                await self._engine.join_weight_group(message.spec, message.rank_offset)
-            case PauseEngine():
-                self._spans.pause()
-                await self._engine.pause(PauseMode(message.mode))
-            case ReceiveWeights():
-                await self._engine.receive_weights(message.manifest, message.weights)
-                self._spans.received_weights()
-                return Received(self._engine.in_flight_at_update)
-            case ResumeEngine():
-                await self._engine.resume()
-                self._spans.resume()
+            case Ejected():
+                self._pool.restart(message.engine_id, message.reason)
+                return None
+            case JoinWeightGroup() | PrepareWeights() | PauseEngine() | ReceiveWeights() | ResumeEngine():
+                return await self._once(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is nothing that an actor does")
-        return Ok()
 
-    def _check_engine(self, message: Message) -> None:
-        wanted = getattr(message, "engine_id", self._engine.engine_id)
-        if wanted != self._engine.engine_id:
-            raise ValueError(f"actor {self._name} holds engine {self._engine.engine_id}, not {wanted}")
+    async def _once(self, command: EngineCommand) -> Message:
+        """Carry out a command, or wait for its outcome if it is the engine's latest come again.
+
+        A failure is the learner's to handle, and what failed is tried when it is asked for again.
+        """
+        self._pool.member(command.engine_id)
+        latest, running = self._latest.get(command.engine_id, (None, None))
+        if running is None or latest != command or (running.done() and running.exception() is not None):
+            running = asyncio.create_task(self._command(command), name=type(command).__name__)
+            running.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to whoever asks for it
+            self._latest[command.engine_id] = command, running
+        try:
+            return await asyncio.shield(running)
+        except (EngineError, WeightGroupError, TimeoutError) as failed:
+            log.warning("%s failed: %s", type(command).__name__, failed)
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
+
+    async def _command(self, command: EngineCommand) -> Message:
+        if isinstance(command, PauseEngine):
+            self._spans.pause()
+        reply = await self._pool.command(
+            command.engine_id, partial(_obey, command), self._config.weights.command_timeout_s
+        )
+        if isinstance(command, ReceiveWeights):
+            self._spans.received_weights()
+        elif isinstance(command, ResumeEngine):
+            self._spans.resume()
+        return reply
+
+    async def _tell_of_engines(self, client: HubClient, told: tuple[EngineInfo, ...]) -> None:
+        """Consumes the pool's changes; the hub then tells the learner, which brings weights to those who lack them.
+
+        A hub that is away meanwhile hears of them with our Hello.
+        """
+        changed = asyncio.Event()
+        self._pool.on_change = lambda _: changed.set()
+        while True:
+            if (engines := self._pool.infos) != told:
+                with suppress(ConnectionLost):
+                    await client.note(EnginesChanged(engines))
+                told = engines
+            await changed.wait()
+            changed.clear()
 
     @property
     def _delivery_timeout_s(self) -> float:
@@ -209,11 +234,11 @@ class Worker:
                 outcome = await self._rollout.run(reservation)
             with self._spans.deliveries.inside():
                 if isinstance(outcome, RolloutFailure):
-                    reason = outcome.reason
+                    reason, kind = outcome.reason, outcome.kind
                 else:
-                    reason = await self._deliver(outcome, reservation)
+                    reason, kind = await self._deliver(outcome, reservation), "delivery"
                 if reason:
-                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)
+                    failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
 
@@ -240,10 +265,11 @@ class Worker:
         tokens, at = 0, time.monotonic()
         while True:
             await asyncio.sleep(interval_s)
-            status = await self._engine.status()
+            status = await self._pool.status()
             now = time.monotonic()
             report: Report = {
-                "engine": self._engine.engine_id,
+                "engines": len(self._pool.infos),
+                "engine_deaths": self._pool.deaths,
                 "weight_version": status.weights.version if status.weights else -1,
                 "running_requests": status.running_requests,
                 "waiting_requests": status.waiting_requests,
@@ -255,6 +281,24 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
+async def _obey(command: EngineCommand, engine: Engine) -> Message:
+    """One of the learner's commands, done."""
+    match command:
+        case PrepareWeights():
+            await engine.check_health()
+            await engine.check_weights(command.manifest)
+        case JoinWeightGroup():
+            await engine.join_weight_group(command.spec, command.rank_offset)
+        case PauseEngine():
+            await engine.pause(PauseMode(command.mode))
+        case ReceiveWeights():
+            await engine.receive_weights(command.manifest, command.weights, command.shared)
+            return Received(engine.in_flight_at_update)
+        case ResumeEngine():
+            await engine.resume()
+    return Ok()
+
+
 def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
     """The actor's process. Returns when the hub says that the run is over."""
     uvloop.run(_main(config, name, hub_address, run_directory))
@@ -263,15 +307,6 @@ def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) 
 async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
     checkpoint = Path(config.model.path)
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
-        engine = EmbeddedEngine(
-            checkpoint,
-            engine_id=f"{name}/embedded",
-            slots=config.actor.max_running_requests,
-            max_context=config.sampling.max_context_tokens,
-            device=config.actor.device,
-            threads=config.actor.threads,
-            fixed_slots=config.run.deterministic,
-            on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
-        )
-        rollout = make_rollout(config, checkpoint, engine)
-        await Worker(config, name, engine, rollout, recorder).run(hub_address)
+        pool = make_pool(config, name, run_directory / "logs", recorder)
+        rollout = make_rollout(config, checkpoint, pool)
+        await Worker(config, name, pool, rollout, recorder).run(hub_address)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from slime_async.branches import is_plain
 from slime_async.config import Config
 from slime_async.correction import group_advantages
+from slime_async.learner.credit import branch_advantages
 from slime_async.learner.trainer import TrainSequence
+from slime_async.protocol import Batch
 from slime_async.queue.staleness import stale_token_mask
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 
@@ -35,11 +40,10 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
     if len(tasks) % size or any(len(set(tasks[i : i + size])) != 1 for i in range(0, len(tasks), size)):
         raise ValueError(f"a batch holds incomplete groups: tasks {tasks} are not runs of {size} (batch.group_size)")
     rewards = np.array([t.reward for t in ordered], dtype=np.float64).reshape(-1, size)
-    advantages = group_advantages(config.algorithm, torch.from_numpy(rewards)).reshape(-1).numpy()
     masked = config.staleness.on_stale == "mask"
-    sequences, trained_staleness, masked_tokens = [], [], 0
+    sequences, trained_staleness, masked_tokens, with_weight = [], [], 0, 0
     ages: Counter[int] = Counter()
-    for trajectory, advantage in zip(ordered, advantages, strict=True):
+    for trajectory, parts in zip(ordered, _advantages(ordered, rewards, config), strict=True):
         versions = trajectory.token_versions()
         sampled = versions != NOT_SAMPLED
         # weights that were lost with a learner's rollback may be newer than the present ones: as fresh as can be
@@ -48,25 +52,31 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         weight_mask = np.asarray(weight, dtype=np.uint8)
         ages.update(staleness[sampled].tolist())
         masked_tokens += int(sampled.sum() - (weight_mask > 0).sum())
+        if trajectory.truncated and config.task.on_truncated == "mask":
+            weight_mask = np.zeros_like(weight_mask)
+        with_weight += bool(weight_mask.any())
         trained_staleness.append(staleness[weight_mask > 0])
-        sequences.append(
+        sequences += [
             TrainSequence(
-                token_ids=trajectory.token_ids,
-                loss_mask=trajectory.loss_mask,
-                weight_mask=weight_mask,
-                behavior_logprobs=trajectory.behavior_logprobs,
-                advantages=float(advantage),
-                staleness=staleness,
+                token_ids=trajectory.token_ids[tokens],
+                loss_mask=trajectory.loss_mask[tokens],
+                weight_mask=weight_mask[tokens],
+                behavior_logprobs=trajectory.behavior_logprobs[tokens],
+                advantages=advantage,
+                staleness=staleness[tokens],
                 group=trajectory.task.serial,
             )
-        )
+            for tokens, advantage in parts
+        ]
     staleness_of_tokens = np.concatenate(trained_staleness) if trained_staleness else np.zeros(0)
     lengths = np.array([int(t.loss_mask.sum()) for t in ordered])
+    truncated = Counter(t.finish_reason for t in ordered if t.truncated)
     metrics = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "groups_with_equal_rewards": float((np.ptp(rewards, axis=1) == 0).sum()),
-        "trajectories": float(sum(bool(s.weight_mask.any()) for s in sequences)),
+        "trajectories": float(with_weight),
+        "truncated_trajectories": float(truncated.total()),
         "batch_tokens": float(sum(len(t.token_ids) for t in ordered)),
         "tokens_trained": float(len(staleness_of_tokens)),
         "sampled_tokens": float(lengths.sum()),
@@ -75,6 +85,46 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         "staleness_max": float(staleness_of_tokens.max()) if len(staleness_of_tokens) else 0.0,
         "tokens_masked_as_stale": float(masked_tokens),
         "mixed_version_trajectories": float(sum(len(t.tokens_by_version()) > 1 for t in ordered)),
+        **{f"truncated/{reason}": float(count) for reason, count in sorted(truncated.items())},
         **{f"staleness/{age}": float(ages[age]) for age in sorted(ages)},
     }
-    return PreparedBatch(sequences, metrics)
+    return PreparedBatch(sequences, metrics | _environment_metrics(ordered))
+
+
+def _environment_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean of each of the task's own numbers, over the trajectories that have it."""
+    given: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in trajectory.metrics.items():
+            given.setdefault(f"environment/{name}", []).append(value)
+    return {name: float(np.mean(values)) for name, values in sorted(given.items())}
+
+
+def judged(batch: Batch) -> Sequence[Trajectory]:
+    """The trajectories with the rewards that count: those of the group's judge, where there is one."""
+    if not batch.rewards:
+        return batch.trajectories
+    pairs = zip(batch.trajectories, batch.rewards, strict=True)
+    return [dataclasses.replace(trajectory, reward=reward) for trajectory, reward in pairs]
+
+
+def filtered(batch: Batch, groups: int) -> dict[str, float]:
+    """What was generated besides this batch's ``groups`` and filtered out, and what failed, for the metrics."""
+    return {
+        "groups_filtered": float(batch.groups_filtered),
+        "tokens_filtered": float(batch.tokens_filtered),
+        "over_sampling": (groups + batch.groups_filtered) / groups,
+        **{f"failed/{kind}": float(count) for kind, count in batch.episodes_failed.items()},
+    }
+
+
+def _advantages(
+    trajectories: Sequence[Trajectory], rewards: NDArray[np.float64], config: Config
+) -> list[list[tuple[slice, NDArray[np.float32] | float]]]:
+    """Per trajectory its sequences, as slices of its columns, each with its advantage; ``rewards`` are [groups, n]."""
+    if all(is_plain(trajectory) for trajectory in trajectories):
+        plain = group_advantages(config.algorithm, torch.from_numpy(rewards)).reshape(-1).tolist()
+        return [[(slice(None), float(advantage))] for advantage in plain]
+    return [
+        [(branch.tokens, advantage) for branch, advantage in parts] for parts in branch_advantages(config, trajectories)
+    ]

@@ -35,7 +35,8 @@ class HubFeed:
     """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
 
     ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Nothing
-    is begun once ``time_limit_s`` has passed since the first batch was asked for. Raises ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    is begun once ``time_limit_s`` has passed since the first batch was asked for. Raises ``TimeoutError`` when no batch
+    came within ``timeout_s``, naming what the hub says was missing.
     """
 
     def __init__(

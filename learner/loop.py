@@ -6,8 +6,8 @@
         batch    = feed.next_batch(version)                        the hub (a complete, leased batch)
         result   = trainer.train_policy(batch)                     the device
         commit(version)                                            the hub's acknowledgement
-        snapshot = trainer.export()                                the copy out of the model
         publisher.publish(snapshot, version + 1)                   only if the publication before has not begun
+        fill(snapshot)                                             the conversion out of the model
         checkpointer.after_batch(version + 1)                      only if one is due and the one before not written
 
 The same loop runs on every rank; rank 0's ``Reporting`` talks to hub, publisher and files, the others' does nothing.
@@ -20,11 +20,10 @@ import time
 from typing import Protocol
 
 from slime_async.config import Config
-from slime_async.learner.batch import prepare_batch
+from slime_async.learner.batch import filtered, judged, prepare_batch
 from slime_async.learner.checkpoint.checkpointer import Checkpointer
 from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed
-from slime_async.learner.publisher import Snapshot
 from slime_async.learner.trainer import Trainer
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
@@ -37,8 +36,11 @@ class Outlet(Protocol):
 
     def commit(self, train_version: int) -> None: ...
 
-    def publish(self, snapshot: Snapshot) -> float:
-        """Returns the seconds that the loop had to wait."""
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        """Hand out the trainer's weights as they are now; returns the seconds that the loop had to wait before.
+
+        A collective: every rank calls it.
+        """
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -55,7 +57,8 @@ class SilentOutlet:
     def commit(self, train_version: int) -> None:
         """Rank 0 commits."""
 
-    def publish(self, snapshot: Snapshot) -> float:
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        trainer.take_part_in_export()
         return 0.0
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -66,11 +69,6 @@ class SilentOutlet:
 
     def durable(self, version: int, seconds: float) -> None:
         """Rank 0 tells."""
-
-
-def take_snapshot(trainer: Trainer, weights: WeightId) -> Snapshot:
-    """Whole tensors, copied, so that the next step may change the model while they are sent."""
-    return Snapshot(weights, trainer.manifest(), tuple(tensor.detach().clone() for _, tensor in trainer.export()))
 
 
 def train(
@@ -97,23 +95,21 @@ def train(
         outlet.begin("train", version)
         with recorder.span("train", step=version):
             with recorder.span("prepare", step=version):
-                prepared = prepare_batch(batch.trajectories, version, config)
+                prepared = prepare_batch(judged(batch), version, config)
                 prepared.metrics["tokens_masked_as_stale"] += batch.stale_tokens_dropped
+                prepared.metrics.update(filtered(batch, config.batch.groups))
             result = trainer.train_policy(prepared.sequences, version)
         trained = time.monotonic()
         with recorder.span("commit", step=version):
             outlet.commit(version)
         committed = time.monotonic()
-        with recorder.span("snapshot", step=version):
-            snapshot = take_snapshot(trainer, WeightId(start.incarnation, version + 1))
+        publish_wait_s = _publish(outlet, trainer, WeightId(start.incarnation, version + 1), recorder)
         snapshotted = time.monotonic()
-        with recorder.span("publish_stall", step=version):
-            publish_wait_s = outlet.publish(snapshot)
         seconds = {
             "lease_wait_s": leased - asked,
             "train_s": trained - leased,
             "commit_s": committed - trained,
-            "snapshot_s": snapshotted - committed,
+            "snapshot_s": snapshotted - committed - publish_wait_s,
             "publish_stall_s": publish_wait_s,
             "checkpoint_stall_s": checkpoint_stall_s,
             "step_s": time.monotonic() - asked,
@@ -134,3 +130,13 @@ def train(
     with recorder.span("checkpoint", step=reached):
         checkpointer.finish(reached)
     return reached
+
+
+def _publish(outlet: Outlet, trainer: Trainer, weights: WeightId, recorder: SpanRecorder) -> float:
+    """First the wait for the publication before, whose seconds this returns; then the snapshot."""
+    begun_ns = time.monotonic_ns()
+    waited_s = outlet.publish(trainer, weights)
+    waited_ns = begun_ns + int(waited_s * 1e9)
+    recorder.add("publish_stall", begun_ns, waited_ns, step=weights.version - 1)
+    recorder.add("snapshot", waited_ns, max(waited_ns, time.monotonic_ns()), step=weights.version - 1)
+    return waited_s

@@ -3,16 +3,17 @@
 ::
 
     training loop                     publisher thread                         engines (through the hub)
-    publish(snapshot, v) ─ returns ─► form the group anew if members changed ─► JoinWeightGroup
-    next step …                       prepare ─────────────────────────────────► all acknowledge
-                                      pause ───────────────────────────────────► no token is sampled
+    publish(snapshot, v) ─ returns ─► prepare ─────────────────────────────────► all are well
+    fill the snapshot                 form the group anew if members changed ─► JoinWeightGroup
+    next step …                       pause ───────────────────────────────────► no token is sampled
                                       broadcast, one collective per tensor ────► received, in use
                                       resume ──────────────────────────────────►
                                       tell the hub: Published(v)
 
 Consumes snapshots (at most one waits: the loop cannot run ahead of it by more), and membership changes, which alone
 also cause a publication: a joiner gets the current weights even while the learner waits for data. Every phase has
-``weights.timeout_s``; an attempt that fails tears the group down and starts over with the engines that live then.
+``weights.timeout_s``; an attempt that fails tears the group down, ejects whoever did not answer, and starts over with
+the engines that live then.
 """
 
 from __future__ import annotations
@@ -20,35 +21,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from slime_async.config.schema import WeightsConfig
+from slime_async.learner.carriers import Backend, Carrier, make_carrier
+from slime_async.learner.commands import EngineCommands
+from slime_async.learner.snapshots import Snapshot
 from slime_async.protocol import (
     Drain,
-    EngineCommand,
     EngineInfo,
-    JoinWeightGroup,
-    Message,
     PauseEngine,
     PrepareWeights,
     Published,
     Received,
-    ReceiveWeights,
-    Relay,
     ResumeEngine,
-    WeightManifest,
 )
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.errors import ConnectionLost, RemoteError
-from slime_async.transport.weight_group import WeightGroup, WeightGroupError, host_group
+from slime_async.transport.weight_group import WeightGroupError
+
+__all__ = ["PublishError", "PublishTimes", "Publisher", "Snapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +53,6 @@ MAX_ATTEMPTS = 5
 
 class PublishError(RuntimeError):
     """The engines could not be brought to the learner's weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Whole Hugging Face tensors that nobody writes to any more, and their names in sending order."""
-
-    weights: WeightId
-    manifest: WeightManifest
-    tensors: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +69,19 @@ class PublishTimes:
 
 
 class Publisher:
-    """Owns the weight group; all methods but the thread's own are called from the training loop."""
+    """Owns what carries the weights; all methods but the thread's own are called from the training loop."""
 
     def __init__(
-        self, client: BlockingClient, config: WeightsConfig, backend: Literal["gloo", "nccl"], recorder: SpanRecorder
+        self,
+        client: BlockingClient,
+        config: WeightsConfig,
+        backend: Backend,
+        recorder: SpanRecorder,
+        address: str = "127.0.0.1",
     ) -> None:
+        """``address`` is where engines can reach this process."""
         self._client = client
         self._config = config
-        self._backend = backend
         self._recorder = recorder
         self._changed = threading.Condition()
         self._engines: tuple[EngineInfo, ...] = ()
@@ -98,8 +89,8 @@ class Publisher:
         self._current: Snapshot | None = None
         self._held: tuple[EngineInfo, ...] = ()
         self._published = -1
-        self._group: WeightGroup | None = None
-        self._epoch = 0
+        self._commands = EngineCommands(client, config)
+        self._carrier: Carrier = make_carrier(self._commands, config, backend, address)
         self._closing = False
         self._failure: BaseException | None = None
         self._times: list[PublishTimes] = []
@@ -140,6 +131,11 @@ class Publisher:
         if self._failure is not None:
             raise PublishError(f"the publisher failed: {self._failure}") from self._failure
 
+    @property
+    def published(self) -> int:
+        """The version that all engines hold; −1 before the first"""
+        return self._published
+
     def take_times(self) -> list[PublishTimes]:
         """Publications finished since the last call."""
         with self._changed:
@@ -172,7 +168,7 @@ class Publisher:
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            self._leave_group()
+            self._carrier.close()
 
     def _next(self) -> Snapshot | None:
         """The next thing to send: a new snapshot, or the current one because members changed. None: closing."""
@@ -204,7 +200,8 @@ class Publisher:
             except (ConnectionLost, RemoteError, WeightGroupError, TimeoutError) as error:
                 problem = str(error)
                 log.warning("publishing version %d, attempt %d: %s", snapshot.weights.version, attempt, problem)
-                self._leave_group()
+                self._carrier.close()
+                self._commands.eject_silent()
                 self._await_change(engines)
                 continue
             with self._changed:
@@ -224,28 +221,28 @@ class Publisher:
 
     def _publish_once(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> PublishTimes:
         begun = time.monotonic_ns()
-        weights = snapshot.weights
+        weights, commands = snapshot.weights, self._commands
         if self._config.publish == "batch_boundary":
             self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2, retry=True)
-        joined, group = time.monotonic_ns(), self._join_group(engines)
         preparing = time.monotonic_ns()
-        self._tell_all(engines, lambda e: PrepareWeights(e.engine_id, weights))
+        commands.tell(engines, lambda e: PrepareWeights(e.engine_id, weights, snapshot.manifest))
+        joining = time.monotonic_ns()
+        self._carrier.connect(engines)
+        converting = time.monotonic_ns()
+        snapshot.wait_begun(self._config.timeout_s)  # converting the first bucket: engines need not stand still for it
         paused = time.monotonic_ns()
-        self._tell_all(engines, lambda e: PauseEngine(e.engine_id, self._config.pause))
+        commands.tell(engines, lambda e: PauseEngine(e.engine_id, self._config.pause))
         sent = time.monotonic_ns()
-        receiving = self._begin_all(engines, lambda e: ReceiveWeights(e.engine_id, snapshot.manifest, weights))
-        names = (spec.name for spec in snapshot.manifest.tensors)
-        with self._explained_by(receiving):
-            group.send(zip(names, snapshot.tensors, strict=True))
-        replies = self._finish_all(receiving)
+        replies = self._carrier.send(snapshot, engines)
         received = time.monotonic_ns()
-        self._tell_all(engines, lambda e: ResumeEngine(e.engine_id))
+        commands.tell(engines, lambda e: ResumeEngine(e.engine_id))
         resumed = time.monotonic_ns()
         self._client.call(Published(weights), self._config.timeout_s, retry=True)
         self._recorder.add("publish", begun, resumed, version=weights.version, engines=len(engines))
         phases = {
-            "join": (joined, preparing),
-            "prepare_sync": (preparing, paused),
+            "prepare_sync": (preparing, joining),
+            "join": (joining, converting),
+            "convert": (converting, paused),
             "pause": (paused, sent),
             "broadcast": (sent, received),
             "resume": (received, resumed),
@@ -260,57 +257,3 @@ class Publisher:
             engines=len(engines),
             requests_in_flight=sum(reply.requests_in_flight for reply in replies if isinstance(reply, Received)),
         )
-
-    def _join_group(self, engines: tuple[EngineInfo, ...]) -> WeightGroup:
-        """The group of the learner and exactly these engines; formed anew when the members differ."""
-        if self._group is not None and self._held == engines:
-            return self._group
-        self._leave_group()
-        self._epoch += 1
-        world_size = 1 + sum(engine.num_ranks for engine in engines)
-        spec, store = host_group("weights", self._epoch, world_size, self._backend, self._config.timeout_s)
-        offset, joining = 1, []
-        for engine in engines:
-            joining.append(self._begin(engine, JoinWeightGroup(engine.engine_id, spec, offset)))
-            offset += engine.num_ranks
-        with self._explained_by(joining):
-            self._group = WeightGroup.create(spec, 0)
-        del store  # everybody has joined: the group holds the store by itself now
-        self._finish_all(joining)
-        log.info("weight group %s: %d ranks, engines %s", spec.name, world_size, [e.engine_id for e in engines])
-        return self._group
-
-    def _leave_group(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
-
-    def _begin(self, engine: EngineInfo, command: EngineCommand) -> Future[Message]:
-        timeout_s = self._config.timeout_s
-        return self._client.begin(Relay(engine.actor, command, timeout_s), timeout_s * 1.5, retry=True)
-
-    def _begin_all(
-        self, engines: tuple[EngineInfo, ...], command: Callable[[EngineInfo], EngineCommand]
-    ) -> list[Future[Message]]:
-        return [self._begin(engine, command(engine)) for engine in engines]
-
-    def _finish_all(self, calls: Sequence[Future[Message]]) -> list[Message]:
-        """Wait for every call, then raise the first error: no call is left running behind a new attempt."""
-        if errors := self._errors(calls):
-            raise errors[0]
-        return [call.result() for call in calls]
-
-    def _errors(self, calls: Sequence[Future[Message]]) -> list[BaseException]:
-        return [error for call in calls if (error := call.exception(self._config.timeout_s * 2)) is not None]
-
-    @contextmanager
-    def _explained_by(self, calls: Sequence[Future[Message]]) -> Iterator[None]:
-        """A collective that fails here says only that somebody is missing; the engines' answers say why."""
-        try:
-            yield
-        except WeightGroupError as error:
-            answers = "; ".join(map(str, self._errors(calls))) or "nothing"
-            raise WeightGroupError(f"{error}; the engines say: {answers}") from error
-
-    def _tell_all(self, engines: tuple[EngineInfo, ...], command: Callable[[EngineInfo], EngineCommand]) -> None:
-        self._finish_all(self._begin_all(engines, command))

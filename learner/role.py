@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,15 @@ import torch.distributed as dist
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
+from slime_async.learner.carriers import Backend
 from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
+from slime_async.learner.evaluations import ScheduledEvaluations, write_result
 from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
-from slime_async.learner.loop import SilentOutlet, take_snapshot, train
-from slime_async.learner.publisher import Publisher, Snapshot
+from slime_async.learner.loop import SilentOutlet, train
+from slime_async.learner.publisher import Publisher
+from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.learner.warm_start import Progress, warm_start
 from slime_async.protocol import (
@@ -83,11 +86,13 @@ class HubOutlet:
         client: BlockingClient,
         publisher: Publisher,
         events: EventLog,
+        evaluations: ScheduledEvaluations,
         run_directory: Path,
         clock: ClockKeeper,
         incarnation: int,
     ) -> None:
         self._config = config
+        self._evaluations = evaluations
         self._client = client
         self._clock = clock
         clock.keep()
@@ -98,6 +103,7 @@ class HubOutlet:
         self._warnings = WarningLog(config.algorithm)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl", incarnation)
         self._loggers = make_loggers(config, run_directory)
+        self._snapshots: Snapshots | None = None
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
@@ -107,10 +113,17 @@ class HubOutlet:
         self._client.call(Durable(self._incarnation, version), call_timeout_s(self._config), retry=True)
         self._events.write("checkpoint", version=version, seconds=seconds)
 
-    def publish(self, snapshot: Snapshot) -> float:
-        return self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+    def publish(self, trainer: Trainer, weights: WeightId) -> float:
+        if self._snapshots is None:
+            self._snapshots = Snapshots(trainer.manifest(), trainer.device)
+        snapshot = self._snapshots.begin(weights)
+        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
+        return waited_s
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._evaluations.published(self._publisher.published)
+        metrics |= self._evaluations.collect()
         for times in self._publisher.take_times():
             metrics |= {
                 "publish_s": times.total_s,
@@ -180,6 +193,7 @@ class Learner:
 
     def __init__(self, config: Config, hub_address: str, run_directory: Path) -> None:
         self._config = config
+        self._hub_address = hub_address
         self._run_directory = run_directory
         self._recorder = SpanRecorder(run_directory / "spans" / "learner.jsonl", "learner", "learner")
         self._supervised = Occupancy(self._recorder, "supervised")
@@ -207,15 +221,23 @@ class Learner:
             Start.share(self._start, self._checkpoints, trainer.device)
             clock = ClockKeeper(self._client, self._recorder)
             self._publisher = Publisher(
-                self._client, self._config.weights, weight_backend(self._config, trainer), self._recorder
+                self._client,
+                self._config.weights,
+                weight_backend(self._config, trainer),
+                self._recorder,
+                own_address(self._hub_address),
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
+            self._evaluations = ScheduledEvaluations(
+                self._config, self._client, self._events, start=self._start.version
+            )
             self._outlet = HubOutlet(
                 self._config,
                 self._client,
                 self._publisher,
                 self._events,
+                self._evaluations,
                 self._run_directory,
                 clock,
                 self._start.incarnation,
@@ -237,7 +259,7 @@ class Learner:
                 config, trainer, start, self._checkpoints, self._outlet.durable, self._warm_start_progress
             )
         self._supervised.close()
-        self._outlet.publish(take_snapshot(trainer, WeightId(start.incarnation, start.version)))
+        self._outlet.publish(trainer, WeightId(start.incarnation, start.version))
         self._client.set_report({"phase": "waiting for actors"})
         with self._recorder.span("wait_engines"):
             self._publisher.wait_published(start.version, config.actor.startup_timeout_s)
@@ -247,6 +269,7 @@ class Learner:
         reached = train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
+            self._evaluations.finish(config.evaluation.timeout_s)
             self._publisher.wait_published(reached, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
@@ -284,23 +307,14 @@ class Learner:
         wait_s = self._config.evaluation.timeout_s
         for source in self._config.task.evaluation:
             self._client.set_report({"phase": f"evaluation_{name}"})
-            message = Evaluate(f"{name}/{source}", source, self._config.evaluation.tasks, wait_s)
+            config = self._config.evaluation
+            message = Evaluate(f"{name}/{source}", source, config.tasks, wait_s, config.samples)
             begun = time.monotonic()
             with self._recorder.span("evaluate", evaluation=name, source=source):
                 result = self._client.call(message, wait_s + call_timeout_s(self._config), retry=True)
             assert isinstance(result, EvaluationResult)
-            self._events.write(
-                "evaluation",
-                name=name,
-                source=source,
-                accuracy=result.accuracy,
-                tasks=result.tasks,
-                failed=result.failed,
-                version=result.versions[-1] if result.versions else -1,
-                seconds=time.monotonic() - begun,
-            )
+            write_result(self._events, name, source, result, config.samples, time.monotonic() - begun)
             self._outlet.log_accuracy(max(0, *result.versions, 0), source, result.accuracy)
-            log.info("evaluation %s on %s: %.3f over %d tasks", name, source, result.accuracy, result.tasks)
 
 
 def call_timeout_s(config: Config) -> float:
@@ -308,7 +322,7 @@ def call_timeout_s(config: Config) -> float:
     return CALL_TIMEOUT_S + config.hub.reconnect_s
 
 
-def weight_backend(config: Config, trainer: Trainer) -> Literal["gloo", "nccl"]:
+def weight_backend(config: Config, trainer: Trainer) -> Backend:
     """As configured; ``auto`` follows the device of the learner's weights."""
     if config.weights.backend != "auto":
         return config.weights.backend
@@ -336,6 +350,16 @@ def begin_weights(
     return checkpointer
 
 
+def own_address(hub_address: str) -> str:
+    """The address of this machine on the way to the hub, where engines beside the hub can reach it as well."""
+    host, _, port = hub_address.removeprefix("tcp://").rpartition(":")
+    family, kind, *_, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(peer)  # sends nothing: the kernel chooses a route
+        address: str = probe.getsockname()[0]
+    return address
+
+
 def follow(config: Config, run_directory: Path) -> None:
     """Every rank but the first: the same phases, with batches from rank 0 and nothing to say."""
     name = f"learner-{os.environ['RANK']}"
@@ -347,7 +371,7 @@ def follow(config: Config, run_directory: Path) -> None:
         start = Start.share(None, checkpoints, trainer.device)
         with recorder.span("supervised"):
             checkpointer = begin_weights(config, trainer, start, checkpoints, outlet.durable, lambda *_: None)
-        take_snapshot(trainer, WeightId(start.incarnation, start.version))
+        trainer.take_part_in_export()  # of what RL starts from
         feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
         train(config, trainer, feed, outlet, recorder, checkpointer, start)
         trainer.save_hf(checkpoints.path / "final")

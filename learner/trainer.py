@@ -55,6 +55,7 @@ from slime_async.learner.sequences import (
     policy_batch,
     split_minibatches,
 )
+from slime_async.learner.snapshots import Place
 from slime_async.packing import pack
 from slime_async.protocol import WeightManifest
 from slime_async.telemetry.progress import Progress, silent
@@ -194,12 +195,16 @@ class Trainer:
         """
         self._reference = copy_parameters(self._model)
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
+    def export(self, place: Place | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) in the manifest's order. A collective: every rank runs it to the end.
 
-        A tensor may share the model's memory: it holds until the next optimizer step.
+        Each tensor is written to where ``place`` says, or to fresh memory.
         """
-        return self._model.weights.export()
+        return self._model.weights.export(place)
+
+    def take_part_in_export(self) -> None:
+        """For ranks that want no tensors, while others export."""
+        self._model.weights.take_part_in_export()
 
     def manifest(self) -> WeightManifest:
         """What ``export`` yields; the same for every layout."""
@@ -212,7 +217,7 @@ class Trainer:
         for done, (name, tensor) in enumerate(self.export()):
             on_progress(done, total)
             if writes:
-                tensors[name] = tensor.detach().cpu().clone()
+                tensors[name] = tensor.cpu()
         if writes:
             write_checkpoint(directory, self._checkpoint, tensors, self._config.model.dtype)
         dist.barrier()

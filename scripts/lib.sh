@@ -35,10 +35,10 @@ make_venv() {
 }
 
 # On Linux without an NVIDIA GPU, torch's own index has a build that is a tenth of the size. Asked first, as an index
-# that cannot be reached would hold pip up for minutes.
+# that cannot be reached would hold pip up for minutes. torch_index_options [ENVIRONMENT].
 torch_index_options() {
     [[ -n "$TORCH_INDEX" && "$(uname -s)" == Linux && ! -e /dev/nvidiactl ]] || return 0
-    if .venv/bin/python -c "import urllib.request as r; r.urlopen('$TORCH_INDEX/torch/', timeout=5)" 2>/dev/null; then
+    if "${1:-.venv}/bin/python" -c "import urllib.request as r; r.urlopen('$TORCH_INDEX/torch/', timeout=5)" 2>/dev/null; then
         printf '%s\n' --extra-index-url "$TORCH_INDEX"
     fi
 }

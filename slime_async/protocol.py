@@ -13,6 +13,8 @@ Granted             hub ──► actor         (note) reservations; these are t
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
 Failed              actor ──► hub         Ok; the sample is granted again
+EnginesChanged      actor ──► hub         (note) an engine of the actor's died, or came up again
+Ejected             hub ──► actor         (note) the learner gave an engine up: it has to be restarted
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
@@ -20,9 +22,10 @@ Durable             learner ──► hub       Ok; a checkpoint holds these wei
 Drain               learner ──► hub       Ok, when no trajectory is being generated; none is granted until Published
 Evaluate            learner ──► hub       EvaluationResult
 Membership          hub ──► learner       (note) the set of engines changed
+Eject               learner ──► hub       Ok; the engine is no member any more, and its actor is told
 Relay               learner ──► hub       the reply of the actor to the message inside
   JoinWeightGroup   … ──► actor           Ok, when the engine is a member
-  PrepareWeights    … ──► actor           Ok, when the engine can take a broadcast
+  PrepareWeights    … ──► actor           Ok, when the engine is well and can use what the manifest names
   PauseEngine       … ──► actor           Ok, when no token is being sampled
   ReceiveWeights    … ──► actor           Received, when the new weights are in use
   ResumeEngine      … ──► actor           Ok
@@ -177,6 +180,21 @@ class Failed(Message):
     attempt: int
     reason: str
     evaluation: str = ""
+    kind: str = ""
+    """What it is counted as: the exception's class, with its own reason where it carries one"""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginesChanged(Message):
+    """The actor's engines that run now; one that was restarted has a new id."""
+
+    engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ejected(Message):
+    engine_id: str
+    reason: str
 
 
 # --------------------------------------------------------------------------------------------------- learner
@@ -200,6 +218,14 @@ class Batch(Message):
     trajectories: tuple[Trajectory, ...]
     stale_tokens_dropped: int = 0
     """Sampled tokens of groups dropped whole as stale since the batch before"""
+    rewards: tuple[float, ...] = ()
+    """In the place of the trajectories' own, where groups are judged (``task.group_reward``); else empty"""
+    groups_filtered: int = 0
+    """Groups dropped for equal rewards, or by ``task.filter``, since the batch before"""
+    tokens_filtered: int = 0
+    """Sampled in them"""
+    episodes_failed: dict[str, int] = field(default_factory=dict)
+    """By what they are counted as, since the batch before; each was granted again, or its group dropped"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,32 +266,43 @@ class Drain(Message):
 
 @dataclass(frozen=True, slots=True)
 class Evaluate(Message):
-    """Run ``num_tasks`` tasks of ``source`` once each, beside training, with whatever weights the engines hold."""
+    """Run ``num_tasks`` tasks of ``source``, beside training, with whatever weights the engines hold."""
 
     name: str
     source: str
     num_tasks: int
     wait_s: float
+    samples: int = 1
+    """Answers per task"""
+    share: float = 1.0
+    """Of each actor's slots, that it may take at once"""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult(Message):
     name: str
     rewards: tuple[float, ...]
-    """One per task, by index"""
+    """Of all answers, by index of the task, then by sample; those without a result are left out"""
     failed: int
-    """Tasks that gave no result"""
+    """Answers without a result"""
     versions: tuple[int, ...]
     """The versions that produced the answers, ascending"""
+    counts: tuple[int, ...] = ()
+    """How many of the rewards are each task's, by index; empty for one answer per task"""
 
     @property
     def tasks(self) -> int:
-        return len(self.rewards) + self.failed
+        return len(self.counts) or len(self.rewards) + self.failed
 
     @property
     def accuracy(self) -> float:
-        """Share of the tasks with a reward of at least ``SOLVED``; one without a result is not solved."""
-        return sum(reward >= SOLVED for reward in self.rewards) / max(1, self.tasks)
+        """Share of the answers with a reward of at least ``SOLVED``; one without a result is not solved."""
+        return sum(reward >= SOLVED for reward in self.rewards) / max(1, len(self.rewards) + self.failed)
+
+    @property
+    def pinned(self) -> bool:
+        """All answers came from one version whole; otherwise weights changed meanwhile, and the result spans several"""
+        return len(self.versions) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +343,48 @@ class WeightManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaMemory:
+    """A CUDA allocation as other processes can open it; the fields are torch's own."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    ref_counter: bytes
+    ref_counter_offset: int
+    event: bytes
+    event_sync_required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """A shared memory object by name; the fields are torch's own."""
+
+    manager: bytes
+    handle: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor in memory that processes of one machine share; its name, dtype and shape are in a manifest."""
+
+    offset: int
+    """In elements"""
+    memory: CudaMemory | HostMemory
+
+
+@dataclass(frozen=True, slots=True)
 class Membership(Message):
     engines: tuple[EngineInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Eject(Message):
+    """Give up an engine that did not answer in time."""
+
+    engine: EngineInfo
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +398,7 @@ class JoinWeightGroup(Message):
 class PrepareWeights(Message):
     engine_id: str
     weights: WeightId
+    manifest: WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +412,8 @@ class ReceiveWeights(Message):
     engine_id: str
     manifest: WeightManifest
     weights: WeightId
+    shared: tuple[SharedTensor, ...] = ()
+    """Where the tensors lie, in the manifest's order; empty when they are broadcast"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 NOT_SAMPLED = -1
 """The version of a token that the policy did not sample (prompt, tool output)."""
 
+TRUNCATED = frozenset({"length", "deadline", "token_budget", "context_full"})
+"""Finish reasons that mean: a limit ended the episode, neither the policy nor the environment."""
+
 
 class WeightId(NamedTuple):
     """Names one set of weights: the learner's incarnation and the version it published.
@@ -82,11 +85,11 @@ class Trajectory:
     reward: float
     """The episode's return"""
     finish_reason: str
-    """``stop``, ``length``, or the environment's own word for a truncated episode"""
+    """``stop``, one of ``TRUNCATED``, or the environment's own word"""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers of the environment's own, averaged into the step's metrics"""
     extras: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    """Optional columns by name (routed experts, sampling masks); absent ones cost nothing"""
+    """Optional columns by name (branches, routed experts, sampling masks); absent ones cost nothing"""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -103,6 +106,10 @@ class Trajectory:
     @property
     def key(self) -> TrajectoryKey:
         return TrajectoryKey(self.task.serial, self.sample)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason in TRUNCATED
 
     def token_versions(self) -> NDArray[np.int64]:
         """[T], the version that sampled each token, ``NOT_SAMPLED`` where none did."""

@@ -31,6 +31,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slime_async.transport.errors import BadMessage
 
@@ -375,14 +376,19 @@ def coder(annotation: Any) -> Coder:
         return _sequence(coder(arguments[0]))
     if origin is dict and arguments[0] is str:
         return _mapping(coder(arguments[1]))
-    if origin is np.ndarray:
-        scalar = get_args(arguments[1])[0]
-        return _array(None if scalar is np.generic else np.dtype(scalar))
+    if origin is np.ndarray:  # NDArray[scalar], spelt out by NumPy before 2.5
+        return _array_of(get_args(arguments[1])[0])
+    if origin is NDArray:  # an alias of its own since
+        return _array_of(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
         return _named_tuple(annotation)
     if dataclasses.is_dataclass(annotation):
         return fields_coder(annotation, annotation)  # type: ignore[arg-type]  # a class: instances are no annotations
     raise TypeError(f"{annotation} has no form on the wire; see the table in {__name__}")
+
+
+def _array_of(scalar: Any) -> Coder:
+    return _array(None if scalar is np.generic else np.dtype(scalar))
 
 
 def _union_of(annotation: Any, arguments: tuple[Any, ...]) -> Coder:

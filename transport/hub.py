@@ -17,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
@@ -31,7 +32,10 @@ from slime_async.protocol import (
     Delivered,
     Drain,
     Durable,
+    Eject,
+    Ejected,
     EngineInfo,
+    EnginesChanged,
     Evaluate,
     EvaluationResult,
     Failed,
@@ -57,6 +61,7 @@ from slime_async.protocol import (
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
 from slime_async.queue.spread import spread_grants
+from slime_async.trajectory import Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
 from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.observer import HubObserver
@@ -72,6 +77,22 @@ GOODBYE_WAIT_S = 3.0
 """For actors and learner to leave after they were told to; then the hub goes, and they lose their connection"""
 
 Result = TypeVar("Result")
+
+
+class Judge(Protocol):
+    """What the configuration's ``task.group_reward`` and ``task.filter`` say of whole groups."""
+
+    async def prepare(self) -> None:
+        """Load what it needs, beside the run's start. What it raises ends the run."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory]) -> tuple[list[float], bool]:
+        """All trajectories of a group → their rewards, and whether to train on it. It may raise anything."""
+
+    async def close(self) -> None: ...
+
+
+MAX_JUDGE_FAILURES = 8
+"""In a row; then the run fails, as no group would ever be trained"""
 
 
 class LearnerLost(RuntimeError):
@@ -96,10 +117,12 @@ class Hub:
         run_directory: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: HubObserver | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """Opens the journal in ``run_directory``, if there is one to be kept, and goes on where it ends.
 
-        Raises ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
+        ``judge`` is needed where the configuration names ``task.group_reward`` or ``task.filter``. Raises
+        ``JournalError``, and ``ValueError`` for keys that cannot be used or a journal of another batch shape.
         """
         self._config = config
         self._observer = observer or HubObserver.silent()
@@ -111,7 +134,14 @@ class Hub:
         """A restarted hub grants nothing before the actors had time to return with what they work on"""
         self._actors: dict[str, _Actor] = {}
         self._learner: str | None = None
-        self._stale_tokens_told = 0
+        self._told = self._queue.left_out
+        """When the last batch was leased: batches carry the differences"""
+        self._failed: Counter[str] = Counter()
+        """Training episodes since then, by what failures are counted as"""
+        assert judge is not None or not self._queue.limits.judge_groups
+        self._judge = judge
+        self._judging: dict[int, asyncio.Task[None]] = {}
+        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -148,9 +178,13 @@ class Hub:
         sampling = asyncio.create_task(self._sample_regularly(), name="hub samples")
         finishing = asyncio.create_task(self._finished.wait(), name="hub finish")
         running: set[asyncio.Task[Any]] = {serving, watching, telling, sampling, storing, finishing, returning}
+        if self._judge is not None:
+            running.add(preparing := asyncio.create_task(self._judge.prepare(), name="prepare the judge"))
+            preparing.add_done_callback(self._surface)
         try:
-            await asyncio.wait(running - {returning}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (serving, watching, telling, sampling, storing):
+            endless = (serving, watching, telling, sampling, storing)
+            await asyncio.wait((*endless, finishing), return_when=asyncio.FIRST_COMPLETED)
+            for task in endless:
                 if task.done():
                     await task
             if self._failure is not None:
@@ -162,6 +196,7 @@ class Hub:
                 if finishing.done():
                     await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
+                running.update(self._judging.values())
                 for task in running:
                     task.cancel()
                 try:
@@ -195,7 +230,7 @@ class Hub:
             self._queue.published_version,
             self._engines() if hello.role == "learner" else (),
         )
-        if hello.role == "actor":
+        if hello.role != "observer":  # also a learner that returns, which takes no engines from its welcome
             self._members_changed.set()
         return welcome
 
@@ -214,6 +249,15 @@ class Hub:
 
     def _engines(self) -> tuple[EngineInfo, ...]:
         return tuple(engine for actor in self._actors.values() for engine in actor.engines)
+
+    async def _eject(self, message: Eject) -> None:
+        """From now on the engine is no member; its actor restarts it, and then says so."""
+        actor = self._actors.get(message.engine.actor)
+        if actor is not None and message.engine in actor.engines:
+            log.warning("engine %s is ejected: %s", message.engine.engine_id, message.reason)
+            actor.engines = tuple(engine for engine in actor.engines if engine != message.engine)
+            self._members_changed.set()
+            await self._server.note(message.engine.actor, Ejected(message.engine.engine_id, message.reason))
 
     async def _tell_learner_members(self) -> None:
         """After every change; a learner that takes no messages hears of the latest once it does."""
@@ -259,6 +303,7 @@ class Hub:
                 return self._deliver(peer, message)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
+                self._failed[message.kind or "unknown"] += not message.evaluation
             case Lease():
                 return await self._lease(message)
             case Commit():
@@ -275,6 +320,8 @@ class Hub:
                 await self._drain(message)
             case Evaluate():
                 return await self._evaluate(message)
+            case Eject():
+                await self._eject(message)
             case Relay():
                 return await self._relay(message)
             case GetStatus():
@@ -290,9 +337,14 @@ class Hub:
         return Ok()
 
     async def _on_note(self, peer: Peer, message: Message) -> None:
-        if not isinstance(message, Started):
-            raise ValueError(f"{type(message).__name__} is no note that the hub takes")
-        self._queue.start(message.key, message.attempt, self._clock())
+        match message:
+            case Started():
+                self._queue.start(message.key, message.attempt, self._clock())
+            case EnginesChanged() if peer.name in self._actors:
+                self._actors[peer.name].engines = message.engines
+                self._members_changed.set()
+            case _:
+                raise ValueError(f"{type(message).__name__} is no note that the hub takes")
 
     def _deliver(self, peer: Peer, message: Deliver) -> Delivered:
         trajectory = message.trajectory
@@ -315,9 +367,19 @@ class Hub:
         if leased is None:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
-        dropped = self._queue.dropped_stale_tokens
-        since, self._stale_tokens_told = dropped - self._stale_tokens_told, dropped
-        return Batch(message.train_version, await self._store.get(leased.keys), since)
+        left_out, before = self._queue.left_out, self._told
+        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
+        self._told = left_out
+        self._failed.clear()
+        return Batch(
+            message.train_version,
+            await self._store.get(leased.keys),
+            stale_tokens_dropped=left_out.stale_tokens - before.stale_tokens,
+            rewards=leased.rewards,
+            groups_filtered=left_out.groups_filtered - before.groups_filtered,
+            tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
+            episodes_failed=failed,
+        )
 
     async def _relay(self, message: Relay) -> Message:
         """After a restart, the actor may be on its way back."""
@@ -337,7 +399,14 @@ class Hub:
             self._wake()
 
     async def _evaluate(self, message: Evaluate) -> EvaluationResult:
-        self._queue.evaluate(message.name, message.source, message.num_tasks, self._clock())
+        self._queue.evaluate(
+            message.name,
+            message.source,
+            message.num_tasks,
+            self._clock(),
+            samples=message.samples,
+            share=message.share,
+        )
         self._wake()
         result = await self._until(lambda: self._queue.evaluation_result(message.name), message.wait_s)
         if result is None:
@@ -345,7 +414,7 @@ class Hub:
                 f"evaluation {message.name} did not finish within {message.wait_s:.0f} s: "
                 f"{self._queue.waiting_for(self._clock())}"
             )
-        return EvaluationResult(message.name, result.rewards, result.failed, result.versions)
+        return result
 
     def _outstanding(self) -> int:
         return sum(self._queue.outstanding(name) for name in self._actors)
@@ -366,13 +435,44 @@ class Hub:
             self._grant()
         self._observer.gate("drain" if held_back else self._queue.admission_closed_by())
         self._store.stage()
+        self._judge_complete_groups()
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _judge_complete_groups(self) -> None:
+        for serial in () if self._finished.is_set() else self._queue.groups_to_judge():
+            if serial not in self._judging:
+                self._judging[serial] = asyncio.create_task(self._judge_group(serial), name=f"judge group {serial}")
+                self._judging[serial].add_done_callback(self._surface)
+
+    def _surface(self, judging: asyncio.Task[None]) -> None:
+        """What no single group is to blame for (functions that cannot be loaded, a damaged journal) ends the run."""
+        if not judging.cancelled() and (error := judging.exception()) is not None:
+            self._fail(error)
+
+    async def _judge_group(self, serial: int) -> None:
+        """Whatever the user's functions raise ends this group and is counted; the run only when nothing else comes."""
+        assert self._judge is not None
+        trajectories = await self._store.get(self._queue.group_keys(serial))
+        try:
+            rewards, keep = await self._judge(trajectories)
+            self._queue.judge(serial, rewards, keep, self._clock())
+            self._judge_failures = 0
+        except Exception as error:  # user code may raise anything
+            log.warning("the judge of group %d failed", serial, exc_info=error)
+            self._judge_failures += 1
+            self._failed["judge"] += self._config.batch.group_size
+            self._queue.give_up_group(serial, f"judge: {error}", self._clock())
+            if self._judge_failures >= MAX_JUDGE_FAILURES:
+                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+        del self._judging[serial]
+        self._wake()
 
     def _grant(self) -> None:
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
-        for name, reservations in spread_grants(self._queue, free, now).items():
+        slots = {name: actor.slots for name, actor in self._actors.items()}
+        for name, reservations in spread_grants(self._queue, free, slots, now).items():
             if not self._server.note_nowait(name, Granted(tuple(reservations))):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
@@ -412,17 +512,18 @@ class Hub:
                 )
 
 
-def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
+def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge | None = None) -> None:
     """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
 
-    Raises ``ConfigError`` for what the user must change before it can listen, ``JournalError`` and ``LearnerLost``.
+    ``judge`` as in ``Hub``. Raises ``ConfigError`` for what the user must change before it can listen,
+    ``JournalError`` and ``LearnerLost``.
     """
     import uvloop
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)
         try:
-            hub = Hub(config, run_directory.name, run_directory, observer=observer)
+            hub = Hub(config, run_directory.name, run_directory, observer=observer, judge=judge)
             await hub.start()
         except OSError as error:
             raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
@@ -433,6 +534,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path) -> None:
         partial.write_text(hub.address)
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
-        await hub.run()
+        try:
+            await hub.run()
+        finally:
+            if judge is not None:
+                await judge.close()
 
     uvloop.run(main())

@@ -21,8 +21,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -108,19 +108,20 @@ class WeightGroup:
         waiting_s = spec.timeout_s + STORE_GRACE_S
         return cls(spec, rank, _outcome(joining, spec, rank, "not everybody joined", waiting_s))
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def send(self, tensors: Iterable[tuple[str, Tensor]], unless: Sequence[Future[Any]] = ()) -> None:
         """Rank 0: broadcast the tensors in order, in the dtype and on the device they have; blocks until sent.
 
-        On CUDA their contents must be complete on the current stream. ``tensors`` is iterated on another thread.
+        ``tensors`` is iterated on another thread, on CUDA with a stream of its own: what is still in the making there
+        must make that stream wait before it is yielded. As soon as one of ``unless`` fails (an engine said that it will
+        not receive), the broadcast is given up.
         Returning says that this rank's part is done: a receiver further down the tree may have failed, so wait for
         every engine's acknowledgement before counting on it.
         Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
         """
         if self.rank != 0:
             raise ValueError(f"rank {self.rank} of weight group {self.spec.name!r} cannot send: rank 0 does")
-        if self.spec.backend == "nccl":
-            torch.cuda.current_stream().synchronize()
-        self._run(lambda: self._broadcast(tensor.detach().contiguous() for _, tensor in tensors), "send")
+        contiguous = (tensor.detach().contiguous() for _, tensor in tensors)
+        self._run(lambda: self._broadcast_beside(contiguous), "send", unless)
 
     def receive(self, manifest: WeightManifest, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Engine ranks: take part in one broadcast; the tensors by name, freshly allocated on ``device``.
@@ -138,14 +139,23 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave the group; its sockets and threads go. Idempotent. A broadcast of others breaks by it."""
-        process_group, self._process_group = self._process_group, None
-        if process_group is None:
+        held, self._process_group = [self._process_group], None
+        if held[0] is None:
             return
-        leaving = in_daemon_thread(process_group.abort, f"leave-{self.spec.name}-{self.rank}")
+        # the last reference goes on that thread: gloo's destructor waits for what is still in flight
+        leaving = in_daemon_thread(lambda: held.pop().abort(), f"leave-{self.spec.name}-{self.rank}")
         try:
             leaving.result(CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.error("weight group %r: rank %d could not be aborted; restart it", self.spec.name, self.rank)
+
+    def _broadcast_beside(self, tensors: Iterable[Tensor]) -> None:
+        """On a stream of its own, so that nothing that the process computes meanwhile is waited for."""
+        if self.spec.backend == "gloo":
+            self._broadcast(tensors)
+            return
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            self._broadcast(tensors)
 
     def _broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Queue one broadcast per tensor, then wait for all; tensors stay referenced until the last is through."""
@@ -163,17 +173,30 @@ class WeightGroup:
         finally:
             works.clear()  # held by a traceback, they would keep the group's threads and sockets
 
-    def _run(self, collective: Callable[[], None], what: str) -> None:
+    def _run(self, collective: Callable[[], None], what: str, unless: Sequence[Future[Any]] = ()) -> None:
         if self._process_group is None or self._broken is not None:
             reason = self._broken or "it was closed"
             raise WeightGroupError(f"weight group {self.spec.name!r} is unusable ({reason}): form a new one")
         running = in_daemon_thread(collective, f"{what}-{self.spec.name}-{self.rank}")
         try:
-            _outcome(running, self.spec, self.rank, f"{what} did not finish", self.spec.timeout_s)
+            left_s = self._watch(running, unless)
+            _outcome(running, self.spec, self.rank, f"{what} did not finish", left_s)
         except Exception as error:  # an iterator of tensors may raise anything; peers have taken a part by then
             self._broken = str(error)
             self.close()  # wakes the thread that is stuck in the collective, here and at the peers
             raise
+
+    def _watch(self, running: Future[None], unless: Sequence[Future[Any]]) -> float:
+        """Until ``running`` is done or its deadline passes; the seconds left. Raises when one of ``unless`` fails."""
+        deadline = time.monotonic() + self.spec.timeout_s
+        awaited = set(unless)
+        while not running.done() and (left_s := deadline - time.monotonic()) > 0:
+            done, _ = wait({running, *awaited}, left_s, FIRST_COMPLETED)
+            for call in done & awaited:
+                if (error := call.exception()) is not None:
+                    raise WeightGroupError(f"weight group {self.spec.name!r}: given up, as an engine says: {error}")
+            awaited -= done
+        return max(0.0, deadline - time.monotonic())
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -208,7 +231,7 @@ def _outcome(future: Future[T], spec: WeightGroupSpec, rank: int, what: str, tim
     try:
         return future.result(timeout_s)
     except TimeoutError as error:
-        raise WeightGroupTimeoutError(f"{where} within {timeout_s:g} s") from error
+        raise WeightGroupTimeoutError(f"{where} within {spec.timeout_s:g} s") from error
     except RuntimeError as error:  # what torch.distributed raises for stores, sockets and its own deadlines
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         raise (WeightGroupTimeoutError if late else WeightGroupError)(f"{where} ({error})") from error

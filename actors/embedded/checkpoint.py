@@ -93,18 +93,31 @@ def read_config(directory: Path) -> DecoderConfig:
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of ``model.safetensors`` or of the shards in its index, one at a time, by checkpoint name."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        path = directory / file
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: only safetensors checkpoints are read")
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (no mapping: it has keys() but no iteration)
                 yield name, shard.get_tensor(name)
+
+
+def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, from the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """``model.safetensors``, or the shards in its index. Raises ``ValueError`` for one that is not there."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for path in (paths := [directory / name for name in names]):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: only safetensors checkpoints are read")
+    return paths
 
 
 def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:

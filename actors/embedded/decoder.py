@@ -8,7 +8,7 @@ of a matrix product and no more. A straggler far behind is moved to the front by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slime_async.actors.embedded.checkpoint import DecoderConfig
 
+HEAD = "lm_head.weight"
 QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 """[D] in a checkpoint; kept once per head, so that queries and keys are normalised together"""
 
@@ -83,25 +84,29 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------- weights
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy Hugging Face tensors into place: all of them, or none.
-
-        Raises ``ValueError`` for missing, unknown and misshapen ones; the weights before are still whole then.
-        """
-        given = dict(tensors)
-        if self.config.tied_head:
-            given.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
-        for name, tensor in given.items():
+    def check_shapes(self, given: Mapping[str, Sequence[int]]) -> None:
+        """Raises ``ValueError`` for Hugging Face tensors, by name and shape, that are missing, unknown or misshapen."""
+        for name, shape in given.items():
+            if name == HEAD and self.config.tied_head:
+                continue  # some checkpoints store the tied matrix twice
             target = self._targets.get(name)
             if target is None:
                 raise ValueError(f"tensor {name!r} is none of this model's: {sorted(self._targets)[:3]} …")
-            shape = target.shape[-1:] if name.endswith(QK_NORMS) else target.shape
-            if shape != tensor.shape:
-                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, this model's {tuple(shape)}")
+            wanted = tuple(target.shape[-1:] if name.endswith(QK_NORMS) else target.shape)
+            if wanted != tuple(shape):
+                raise ValueError(f"tensor {name!r} has shape {tuple(shape)}, this model's {wanted}")
         if missing := sorted(self._targets.keys() - given.keys()):
             raise ValueError(f"{len(missing)} tensors are missing, {missing[0]!r} among them")
-        for name, tensor in given.items():
-            self._targets[name].copy_(tensor)
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy Hugging Face tensors into place: all of them, or none.
+
+        Raises ``ValueError`` as ``check_shapes``; the weights before are still whole then.
+        """
+        given = dict(tensors)
+        self.check_shapes({name: tensor.shape for name, tensor in given.items()})
+        for name, target in self._targets.items():
+            target.copy_(given[name])
 
     def _named_targets(self) -> Iterable[tuple[str, Tensor]]:
         c = self.config

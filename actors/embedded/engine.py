@@ -8,32 +8,38 @@ open and later call raises ``EngineError`` with what it died of.
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from slime_async.actors.embedded.checkpoint import read_config, read_tensors
 from slime_async.actors.embedded.decoder import Decoder
 from slime_async.actors.embedded.scheduler import Scheduler
-from slime_async.actors.engine import EngineError, EngineStatus, GenerateRequest, Generation, PauseMode
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.actors.engine import (
+    BusySpan,
+    EngineError,
+    EngineStatus,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+    check_request,
+)
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
+from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.threads import in_daemon_thread
 from slime_async.transport.weight_group import WeightGroup
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that one step may still take when the engine is closed."""
-
-BusySpan = Callable[[int, int], None]
-"""Called on the decode thread with the first and last nanosecond (``time.monotonic_ns``) of uninterrupted computing"""
 
 Result = TypeVar("Result")
 
@@ -68,7 +74,9 @@ class EmbeddedEngine:
         self._max_context = min(max_context, self._config.max_position_embeddings)
         self._threads = threads
         self._on_busy = on_busy
-        decoder = Decoder(self._config, slots=slots, max_context=self._max_context, dtype=dtype, device=self._device)
+        decoder = self._decoder = Decoder(
+            self._config, slots=slots, max_context=self._max_context, dtype=dtype, device=self._device
+        )
         self._scheduler = Scheduler(decoder, slots, weights, fixed_slots=fixed_slots)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wakeup = threading.Condition()
@@ -77,6 +85,7 @@ class EmbeddedEngine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Future[Generation]] = set()
+        self._requests: dict[asyncio.Future[Generation], str] = {}
         self._group: WeightGroup | None = None
         self.in_flight_at_update = 0
         """Requests that were being sampled when the last weights arrived"""
@@ -96,7 +105,7 @@ class EmbeddedEngine:
                 raise EngineError(f"engine {self.engine_id} could not load its weights: {error}") from error
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        self._check_request(request)
+        check_request(request, self._config.vocab_size, self._max_context)
         self._check_alive()
         assert self._loop is not None
         loop, future = self._loop, self._loop.create_future()
@@ -106,6 +115,7 @@ class EmbeddedEngine:
             loop.call_soon_threadsafe(_resolve, future, generation)
 
         self._open.add(future)
+        self._requests[future] = request.request_id
         self._post(lambda: self._scheduler.submit(request, seed, done))
         try:
             generation: Generation = await future
@@ -115,6 +125,7 @@ class EmbeddedEngine:
             raise
         finally:
             self._open.discard(future)
+            del self._requests[future]
 
     async def abort(self, request_id: str) -> None:
         await self._command(lambda: self._scheduler.abort(request_id))
@@ -135,24 +146,36 @@ class EmbeddedEngine:
             joining.add_done_callback(_leave)  # the thread goes on joining: a member that nobody knows of would stay
             raise
 
-    async def receive_weights(self, manifest: WeightManifest, weights: WeightId) -> None:
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        self._decoder.check_shapes({tensor.name: tensor.shape for tensor in manifest.tensors})
+
+    async def receive_weights(
+        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+    ) -> None:
         self._check_alive()
-        group = self._group
-        if group is None:
-            raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
-        receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
-        try:
-            tensors = await asyncio.wrap_future(receiving)
-        except asyncio.CancelledError:
-            self._group = None
-            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
-            raise
+        if shared:
+            opened = ((spec.name, open_tensor(spec, one)) for spec, one in zip(manifest.tensors, shared, strict=True))
+            tensors = dict(opened)
+        else:
+            tensors = await self._receive_broadcast(manifest)
 
         def use() -> None:
             self.in_flight_at_update = self._scheduler.running
             self._scheduler.use_weights(tensors.items(), weights)
 
         await self._command(use)
+
+    async def _receive_broadcast(self, manifest: WeightManifest) -> dict[str, Tensor]:
+        group = self._group
+        if group is None:
+            raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
+        receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
+        try:
+            return await asyncio.wrap_future(receiving)
+        except asyncio.CancelledError:
+            self._group = None
+            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
+            raise
 
     async def status(self) -> EngineStatus:
         self._check_alive()
@@ -166,6 +189,9 @@ class EmbeddedEngine:
             scheduler.generated_tokens,
         )
 
+    async def check_health(self) -> None:
+        self._check_alive()
+
     async def close(self) -> None:
         with self._wakeup:
             self._closing = True
@@ -173,39 +199,9 @@ class EmbeddedEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         await self._leave_group()
-        self._fail_open(EngineError(f"engine {self.engine_id} was closed"))
+        self._fail_open(f"engine {self.engine_id} was closed")
 
     # ------------------------------------------------------------------------------------------ event loop's side
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        ids, vocab = request.prompt_ids, self._config.vocab_size
-        if not ids:
-            raise ValueError(f"request {request.request_id}: the prompt is empty; it needs at least one token")
-        if wrong := [token for token in ids if not 0 <= token < vocab]:
-            raise ValueError(
-                f"request {request.request_id}: token id {wrong[0]} is outside the vocabulary of {vocab}; "
-                "was it encoded with another model's tokenizer?"
-            )
-        if len(ids) >= self._max_context:
-            raise ValueError(
-                f"request {request.request_id}: a prompt of {len(ids)} tokens leaves no room in a context of "
-                f"{self._max_context}; raise sampling.max_context_tokens or shorten the prompt"
-            )
-        sampling = request.sampling
-        refused = {  # the decode thread would die of these, or sample nonsense
-            "max_new_tokens": (sampling.max_new_tokens, sampling.max_new_tokens < 1, "ask for at least 1"),
-            "temperature": (sampling.temperature, not 0 <= sampling.temperature < math.inf, "0 is greedy, 1 the model"),
-            "top_p": (sampling.top_p, not 0 < sampling.top_p <= 1, "a share of the mass, 1 for all"),
-            "seed": (sampling.seed, not 0 <= (sampling.seed or 0) < 2**64, "64 bits without a sign"),
-            "resumed_tokens": (
-                request.resumed_tokens,
-                not 0 <= request.resumed_tokens <= len(ids),
-                "they end the prompt",
-            ),
-        }
-        for field, (value, is_refused, remedy) in refused.items():
-            if is_refused:
-                raise ValueError(f"request {request.request_id}: {field} = {value}; {remedy}")
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -239,8 +235,13 @@ class EmbeddedEngine:
             group, self._group = self._group, None
             await asyncio.to_thread(group.close)
 
-    def _fail_open(self, error: EngineError) -> None:
+    def _fail_open(self, message: str, cause: BaseException | None = None) -> None:
+        """After the decode thread's end: every open call raises, requests with what they have."""
+        sampled = self._scheduler.abandon()
         for future in list(self._open):
+            error = EngineError(message)
+            error.__cause__ = cause
+            error.partial = sampled.get(self._requests.get(future, ""))
             _reject(future, error)
 
     # ------------------------------------------------------------------------------------------ decode thread's side
@@ -258,9 +259,7 @@ class EmbeddedEngine:
         except BaseException as error:  # noqa: BLE001 - the border of a thread: every caller is told
             self._failure = error
             assert self._loop is not None
-            death = EngineError(f"engine {self.engine_id} died: {error}")
-            death.__cause__ = error
-            self._loop.call_soon_threadsafe(self._fail_open, death)
+            self._loop.call_soon_threadsafe(self._fail_open, f"engine {self.engine_id} died: {error}", error)
 
     def _loop_until_closed(self) -> None:
         busy_since: int | None = None

@@ -137,9 +137,10 @@ class Scheduler:
         for slot, running in self._running.items():
             self._open_span(running, int(self._count[slot]))
 
-    def abandon(self) -> list[_Request]:
-        """Everything open, after a failure; the scheduler is of no further use."""
-        return [*self._waiting, *self._running.values()]
+    def abandon(self) -> dict[str, Generation]:
+        """What every open request has, by its id; the scheduler is of no further use, its thread at its end."""
+        open_requests = [*self._waiting, *self._running.values()]
+        return {request.request.request_id: self._generation(request, "abort") for request in open_requests}
 
     # ---------------------------------------------------------------------------------------------------- steps
 
@@ -257,12 +258,17 @@ class Scheduler:
         request.spans.append(VersionSpan(first_token, self.weights))
 
     def _finish(self, request: _Request, reason: str) -> None:
+        generation, slot = self._generation(request, reason), request.slot
+        if slot >= 0:
+            del self._running[slot]
+            self._active[slot] = False
+            heapq.heappush(self._free, slot)
+        request.done(generation)
+
+    def _generation(self, request: _Request, reason: str) -> Generation:
         slot, ids, logprobs = request.slot, [], []
         if slot >= 0:
             start, end = int(self._prompt[slot]), int(self._prompt[slot] + self._count[slot])
             ids, logprobs = self._ids[slot, start:end].tolist(), self._logprobs[slot, start:end].tolist()
-            del self._running[slot]
-            self._active[slot] = False
-            heapq.heappush(self._free, slot)
         spans = tuple(span for span in request.spans if span.first_token < len(ids))
-        request.done(Generation(ids, logprobs, spans, reason))
+        return Generation(ids, logprobs, spans, reason)

@@ -22,7 +22,7 @@ from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.cli.prepare import prepare_model
 from slime_async.config import Config
 from slime_async.learner.batch import prepare_batch
-from slime_async.learner.loop import take_snapshot
+from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.learner.warm_start import warm_start
 from slime_async.protocol import Reservation
@@ -117,6 +117,7 @@ class _Lockstep:
         self._queue.declare_sources(self._rollout.source_sizes)
         self._queue.learner_joined(INCARNATION, 0, time.monotonic())
         self._payloads: dict[TrajectoryKey, Trajectory] = {}
+        self._snapshots = Snapshots(trainer.manifest(), trainer.device)
         self._left_to_grant = config.run.steps * config.batch.trajectories
 
     async def run(self, protocol: Protocol) -> CellResult:
@@ -178,7 +179,8 @@ class _Lockstep:
 
     async def _publish(self, group: WeightGroup, version: int) -> None:
         """Nothing is being generated, so nothing has to pause."""
-        snapshot = take_snapshot(self._trainer, WeightId(INCARNATION, version))
+        snapshot = self._snapshots.begin(WeightId(INCARNATION, version))
+        self._snapshots.fill(snapshot, self._trainer.export)
         receiving = asyncio.create_task(self._engine.receive_weights(snapshot.manifest, snapshot.weights))
         names = (tensor.name for tensor in snapshot.manifest.tensors)
         await asyncio.to_thread(group.send, list(zip(names, snapshot.tensors, strict=True)))

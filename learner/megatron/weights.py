@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
+from slime_async.learner.snapshots import Place
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.telemetry.progress import Progress, silent
 
@@ -102,41 +103,79 @@ class WeightMap:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def export(self) -> Iterator[tuple[str, Tensor]]:
+    def export(self, place: Place | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) in manifest order, on every rank. A collective: run it to the end.
 
-        A tensor may share memory with the model: it is valid until the next optimizer step.
+        Each tensor is written to where ``place`` says, or to fresh memory: nothing shares the model's.
         """
+        place = place or (lambda spec: torch.empty(spec.shape, dtype=self._dtype, device=self._device))
+        name = str(self._dtype).removeprefix("torch.")
         for unit in self._units.values():
-            shards = self._gather(unit)
-            if unit.fusion == "qkv":
-                tensors = self._split_qkv(torch.cat(shards))
-            elif unit.fusion == "gate_up":
-                tensors = [torch.cat(halves) for halves in zip(*(s.chunk(2) for s in shards), strict=True)]
-            else:
-                whole = torch.cat(shards, 1 if unit.split == "columns" else 0) if len(shards) > 1 else shards[0]
-                tensors = [whole[: unit.hf_shapes[0][0]]]
-            yield from zip(unit.hf_names, tensors, strict=True)
+            shapes = zip(unit.hf_names, unit.hf_shapes, strict=True)
+            targets = [place(TensorSpec(n, name, shape)) for n, shape in shapes]
+            self._assemble(unit, self._gather(unit, self._landing(unit, targets)), targets)
+            yield from zip(unit.hf_names, targets, strict=True)
 
-    def _split_qkv(self, fused: Tensor) -> list[Tensor]:
+    @torch.no_grad()
+    def take_part_in_export(self) -> None:
+        """For ranks that want no tensors: the collectives alone."""
+        for unit in self._units.values():
+            self._gather(unit, None)
+
+    def _landing(self, unit: Unit, targets: list[Tensor]) -> list[Tensor] | None:
+        """Parts of the target that shards can be gathered into as they are; None where they have to be rearranged."""
+        _, size = _tensor_parallel(unit)
+        whole_rows = unit.split == "rows" and unit.hf_shapes[0][0] % size == 0
+        if unit.fusion != "one" or (size > 1 and not whole_rows):
+            return None
+        return list(targets[0].chunk(size)) if size > 1 else [targets[0]]
+
+    def _assemble(self, unit: Unit, shards: list[Tensor], targets: list[Tensor]) -> None:
+        """Shards of all tensor-parallel ranks → Hugging Face tensors, each element copied once."""
+        if unit.fusion == "qkv":
+            self._split_qkv(shards, targets)
+        elif unit.fusion == "gate_up":
+            for i, shard in enumerate(shards):
+                for target, half in zip(targets, shard.chunk(2), strict=True):
+                    target.chunk(len(shards))[i].copy_(half)
+        elif unit.split == "columns":
+            for target, shard in zip(targets[0].chunk(len(shards), 1), shards, strict=True):
+                target.copy_(shard)
+        else:
+            row = 0
+            for shard in shards:  # the last ones may be padding
+                target = targets[0][row : row + len(shard)]
+                if target.data_ptr() != shard.data_ptr():
+                    target.copy_(shard[: len(target)])
+                row += len(shard)
+
+    def _split_qkv(self, shards: list[Tensor], targets: list[Tensor]) -> None:
         model = self._architecture
         rows = [model.heads // model.groups * model.head_dim, model.head_dim, model.head_dim]
-        return [x.flatten(0, 1) for x in torch.split(fused.view(model.groups, -1, *fused.shape[1:]), rows, 1)]
+        groups = model.groups // len(shards)
+        for i, shard in enumerate(shards):
+            parts = torch.split(shard.view(groups, -1, *shard.shape[1:]), rows, 1)
+            for target, part, height in zip(targets, parts, rows, strict=True):
+                target.view(model.groups, height, *target.shape[1:])[i * groups : (i + 1) * groups].copy_(part)
 
-    def _gather(self, unit: Unit) -> list[Tensor]:
-        """The shards of all tensor-parallel ranks, on every rank: over tensor, then expert, then pipeline ranks."""
+    def _gather(self, unit: Unit, landing: list[Tensor] | None) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks, on every rank: over tensor, then expert, then pipeline ranks.
+
+        Where they travel, they come down in ``landing`` if that is given.
+        """
         route = self._route(unit)
         _, size = _tensor_parallel(unit)
         parameter = self._parameters.get(unit.name)
         shard = torch.empty(0) if parameter is None else parameter.detach()
         if unit.split != "none" and size > 1 and parameter is not None:
             group = _tensor_parallel_group(unit)
-            shards = [torch.empty_like(shard) for _ in range(size)]
+            shards = landing or [torch.empty_like(shard) for _ in range(size)]
             dist.all_gather(shards, shard.contiguous(), group=group)
+        elif parameter is None:
+            shapes = self._shard_shapes(unit, size)
+            shards = landing or [torch.empty(s, dtype=self._dtype, device=self._device) for s in shapes]
         else:
             shards = [shard]
-        if parameter is None:
-            shards = [torch.empty(s, dtype=self._dtype, device=self._device) for s in self._shard_shapes(unit, size)]
         for group, source in route:
             for i, tensor in enumerate(shards):
                 shards[i] = tensor.contiguous()

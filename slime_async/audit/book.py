@@ -41,9 +41,16 @@ class GroupBook:
     serial: int
     samples: dict[int, tuple[int, float]] = field(default_factory=dict)
     """(sampled tokens, reward) by sample"""
+    rewards: tuple[float, ...] = ()
+    """Its judge's, by sample, in the place of the samples' own"""
     batch: int | None = None
     """The version it trains; None while it is queued"""
     dropped: str | None = None
+
+    @property
+    def trained_rewards(self) -> tuple[float, ...]:
+        """Those that a batch trains with, by sample"""
+        return self.rewards or tuple(reward for _, (_, reward) in sorted(self.samples.items()))
 
     @property
     def keys(self) -> tuple[TrajectoryKey, ...]:
@@ -97,6 +104,8 @@ class Book:
                 if task.serial in self.groups:
                     self.violation(f"group {task.serial} was opened twice")
                 self.groups.setdefault(task.serial, GroupBook(task.serial))
+            case events.GroupJudged(serial, rewards):
+                self._judge(serial, rewards)
             case events.GroupDropped(serial, reason):
                 self._drop(serial, reason)
             case events.Leased():
@@ -166,6 +175,18 @@ class Book:
         if self.shape is not None and not 0 <= key.sample < self.shape.group_size:
             self.violation(f"accepted, but groups have {self.shape.group_size} samples", [key])
         group.samples[key.sample] = (event.meta.num_sampled, event.meta.reward)
+
+    def _judge(self, serial: int, rewards: tuple[float, ...]) -> None:
+        group = self.groups.get(serial)
+        if group is None:
+            self.violation(f"group {serial} was judged, but never opened")
+            return
+        if group.place != "queued" or group.rewards:
+            place = "judged" if group.place == "queued" else group.place
+            self.violation(f"judged when already {place}", group.keys)
+        if sorted(group.samples) != list(range(len(rewards))):
+            self.violation(f"judged with {len(rewards)} rewards for {len(group.samples)} samples", group.keys)
+        group.rewards = rewards
 
     def _drop(self, serial: int, reason: str) -> None:
         group = self.groups.get(serial)

@@ -19,7 +19,7 @@ class AuditReport:
     trained: int
     """In the lineage of the present weights, once each"""
     masked: int
-    """Of them, without any weight in the loss: every token was beyond the staleness bound"""
+    """Of them, without any weight in the loss: every token was beyond the staleness bound, or truncated and masked"""
     dropped: Mapping[str, int]
     """By reason"""
     queued: int
@@ -47,7 +47,7 @@ class AuditReport:
         yield f"accepted         {self.accepted:>12,} trajectories"
         yield f"  trained once   {self.trained:>12,} in {self.batches:,} batches, {self.durable_batches:,} durable"
         if self.masked:
-            yield f"    of them      {self.masked:>12,} without weight in the loss: every token masked as stale"
+            yield f"    of them      {self.masked:>12,} without weight in the loss: masked as stale or truncated"
         if self.trained_again:
             yield f"    again        {self.trained_again:>12,} batches, as their first weights were lost with a learner"
         yield f"  dropped        {sum(self.dropped.values()):>12,}{f' ({reasons})' if reasons else ''}"

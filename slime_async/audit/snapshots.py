@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 def check_snapshot(book: Book, snapshot: Snapshot) -> Iterator[tuple[str, list[TrajectoryKey]]]:
     """Every difference, with the trajectories concerned."""
-    held = {accepted.meta.key for _, samples in snapshot.groups for accepted in samples}
+    held = {accepted.meta.key for _, samples, _ in snapshot.groups for accepted in samples}
     owed = _owed(book)
     if lost := sorted(owed - held):
         yield "lost: accepted, neither durable nor dropped, and missing from a snapshot", lost
     if made_up := sorted(held - owed):
         yield "in a snapshot, but not accepted before it, or done with", made_up
+    for task, samples, rewards in snapshot.groups:
+        if task.serial in book.groups and book.groups[task.serial].rewards != rewards:
+            yield "a snapshot and the events before it disagree about rewards", [a.meta.key for a in samples]
     said = {leased.train_version: (leased.groups, state) for leased, state, _ in snapshot.batches}
     known = {v: (batch.groups, batch.state) for v, batch in book.batches.items() if v >= book.durable}
     for version in sorted(said.keys() | known.keys()):

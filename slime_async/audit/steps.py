@@ -20,7 +20,8 @@ class Steps:
     agreeing: int
     """Steps that are their batch"""
     masked: int
-    """Trajectories in them without any weight in the loss: every token beyond the staleness bound"""
+    """Trajectories in them without any weight in the loss: every token beyond the staleness bound, or truncated and
+    masked for it"""
 
 
 def check_steps(book: Book, metrics: Iterable[Mapping[str, Any]], finished: bool) -> Steps:
@@ -57,11 +58,12 @@ def check_steps(book: Book, metrics: Iterable[Mapping[str, Any]], finished: bool
 
 
 def _difference(book: Book, serials: Iterable[int], line: Mapping[str, Any]) -> str:
-    samples = [sample for serial in serials if serial in book.groups for sample in book.groups[serial].samples.values()]
-    if not samples:
+    groups = [book.groups[serial] for serial in serials if serial in book.groups]
+    rewards = [reward for group in groups for reward in group.trained_rewards]
+    if not rewards:
         return "the batch is empty"
-    tokens = sum(count for count, _ in samples)
-    reward = math.fsum(reward for _, reward in samples) / len(samples)
+    tokens = sum(count for group in groups for count, _ in group.samples.values())
+    reward = math.fsum(rewards) / len(rewards)
     if missing := [name for name in ("sampled_tokens", "reward_mean", "trajectories") if name not in line]:
         return f"it lacks {', '.join(missing)}"
     said_tokens, said_reward = line["sampled_tokens"], line["reward_mean"]

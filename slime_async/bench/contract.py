@@ -59,8 +59,8 @@ def check_before(modes: Sequence[Mode], configs: Mapping[str, dict[str, Any]], c
     ]
 
 
-def check_after(measurements: Sequence[Measurement], servers: str) -> list[Clause]:
-    """What the measurements say. ``servers`` tells how long the engines' servers have lived, or is empty."""
+def check_after(measurements: Sequence[Measurement]) -> list[Clause]:
+    """What the measurements say."""
     pooled = {m.mode: m.lengths for m in measurements}
     worst, pair = 1.0, ("", "")
     names = list(pooled)
@@ -93,8 +93,9 @@ def check_after(measurements: Sequence[Measurement], servers: str) -> list[Claus
             "nothing died", not any(m.deaths for m in measurements), f"{sum(m.deaths for m in measurements)} deaths"
         ),
     ]
+    servers = sorted({measurement.servers for measurement in measurements} - {""})
     if servers:
-        clauses.append(Clause("the same warm servers", True, servers))
+        clauses.append(Clause("the same warm servers for all modes", len(servers) == 1, "; ".join(servers)))
     return clauses
 
 

@@ -57,5 +57,5 @@ def same_distribution(first: Sequence[int], second: Sequence[int]) -> float:
     x = (root + 0.12 + 0.11 / root) * two_sample_distance(first, second)
     if x < 0.3:
         return 1.0
-    terms = ((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, SERIES_TERMS + 1))
+    terms = ((1.0 if k % 2 else -1.0) * math.exp(-2 * (k * x) ** 2) for k in range(1, SERIES_TERMS + 1))
     return min(1.0, max(0.0, 2 * sum(terms)))

@@ -68,6 +68,8 @@ class Measurement:
     """From RL's begin to the first window"""
     timeline: dict[str, tuple[tuple[float, float, str], ...]]
     """By process: (start, end, part), seconds from the first window's begin"""
+    servers: str = ""
+    """Which SGLang servers it ran on"""
 
     @property
     def samples_per_s(self) -> list[float]:

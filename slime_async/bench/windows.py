@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -60,7 +61,7 @@ def cut(
             f"{len(ends)} steps give fewer than two windows of {window_s:g} s after {warmup_s:g} s of warm-up: "
             "raise bench.window-s, or make batches smaller"
         )
-    return [_window(steps[first + 1 : last + 1], ends[first], batch) for first, last in zip(edges, edges[1:])]
+    return [_window(steps[first + 1 : last + 1], ends[first], batch) for first, last in pairwise(edges)]
 
 
 def _window(steps: Sequence[dict[str, Any]], start_s: float, batch: int) -> Window:

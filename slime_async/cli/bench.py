@@ -12,10 +12,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slime_async.bench.compare import Comparison, compare, table
 from slime_async.bench.contract import Clause, check_after, check_before
@@ -32,10 +33,13 @@ from slime_async.cli.roles import learner_interpreter, thread_environment
 from slime_async.cli.saturate import START
 from slime_async.cli.supervise import RunError
 from slime_async.cli.train import check_modules
-from slime_async.config import Config, ConfigError
+from slime_async.config import Config
 from slime_async.config.dump import dump_toml
 from slime_async.report.run import flatten
 from slime_async.telemetry.environment import Environment, describe_environment
+
+if TYPE_CHECKING:
+    from slime_async.cli.bench_servers import Servers
 
 SIDE_TIMEOUT_S = 600.0
 """For one side alone: start, warm-up and measurement"""
@@ -81,6 +85,7 @@ class Bench:
         self._modes = modes
         self._directory = directory
         self._began = time.monotonic()
+        self._servers: Servers | None = None
 
     async def run(self) -> dict[str, Any]:
         """Everything, as ``bench.json`` has it."""
@@ -88,11 +93,31 @@ class Bench:
         before = check_before(self._modes, self._flat_configs(), Path(config.model.path))
         for clause in before:
             self._say(str(clause))
-        engine = await self._saturated_engine()
-        learners = {n: await self._saturated_learner(n) for n in sorted({len(m.learner_devices) for m in self._modes})}
-        measurements = [await self._measured(mode, {}) for mode in self._modes]
-        clauses = [*before, *check_after(measurements, "")]
+        self._servers = await self._started_servers()
+        try:
+            engine = await self._saturated_engine()
+            sizes = sorted({len(mode.learner_devices) for mode in self._modes})
+            learners = {size: await self._saturated_learner(size) for size in sizes}
+            measurements = [await self._measured(mode) for mode in self._modes]
+        finally:
+            if self._servers is not None:
+                await self._servers.close()
+        clauses = [*before, *check_after(measurements)]
         return self._result(compare(self._modes, measurements, engine, learners), clauses)
+
+    async def _started_servers(self) -> Servers | None:
+        """Those of SGLang, which every mode uses; embedded engines live in their actors."""
+        if self._config.actor.engine != "sglang":
+            return None
+        from slime_async.actors.engine import EngineError
+        from slime_async.cli.bench_servers import start_servers
+
+        try:
+            servers = await start_servers(self._config, self._modes, self._directory / "logs")
+        except EngineError as error:
+            raise RunError(str(error)) from error
+        self._say(servers.identity)
+        return servers
 
     async def _prepared(self) -> Config:
         """The configuration with a checkpoint that every mode begins from."""
@@ -116,7 +141,8 @@ class Bench:
         path = self._directory / "saturated-engine.json"
         if not path.exists():
             device = max(device for mode in self._modes for device in mode.actor_devices)
-            await self._side("engine", self._config, [device])
+            url = ("--url", self._servers.urls[device]) if self._servers is not None else ()
+            await self._side("engine", self._config, [device], *url)
         engine = SaturatedEngine.from_plain(json.loads(path.read_text()))
         rates = ", ".join(f"{rate.tokens_per_s:,.0f} with {rate.running:.0f}" for rate in engine.rates)
         self._say(f"an engine alone, tokens/s: {rates} requests")
@@ -133,14 +159,22 @@ class Bench:
         return learner
 
     async def _side(
-        self, side: str, config: Config, devices: Sequence[int] | range, *, ranks: int = 1, threads: int = 1
+        self, side: str, config: Config, devices: Sequence[int], *more: str, ranks: int = 1, threads: int = 1
     ) -> None:
         """One side alone, in processes of its own. Raises ``RunError``."""
         learner = config.learner.model_copy(update={"ranks": ranks, "threads": threads})
         run = config.run.model_copy(update={"steps": 10**6})
         file = self._directory / f"{side}.toml"
         file.write_text(dump_toml(config.model_copy(update={"learner": learner, "run": run})), encoding="utf-8")
-        argv = (*learner_interpreter(ranks), "-m", "slime_async.cli.saturate", side, str(file), str(self._directory))
+        argv = (
+            *learner_interpreter(ranks),
+            "-m",
+            "slime_async.cli.saturate",
+            side,
+            str(file),
+            str(self._directory),
+            *more,
+        )
         environment = {**thread_environment(threads), "NCCL_CUMEM_ENABLE": "0"}
         launcher = LocalLauncher(self._directory / "logs")
         name = f"{side}-{len(devices)}"
@@ -155,12 +189,17 @@ class Bench:
         if code:
             raise RunError(f"{name} alone failed with exit code {code}; its log is {process.log}")
 
-    async def _measured(self, mode: Mode, urls: Mapping[int, str]) -> Measurement:
+    async def _measured(self, mode: Mode) -> Measurement:
         path = self._directory / f"{mode.name.replace(' ', '-').replace(':', '-')}.json"
         if path.exists():
             self._say(f"{mode.name}: measured before")
             return Measurement.from_plain(json.loads(path.read_text()))
+        servers = self._servers
+        if servers is not None:
+            await servers.quieten()
+        urls, identity = (servers.urls, servers.identity) if servers is not None else ({}, "")
         measurement = await run_mode(self._config, mode, self._directory, urls)
+        measurement = replace(measurement, servers=identity)
         path.write_text(json.dumps(measurement.to_plain()), encoding="utf-8")
         speeds = ", ".join(f"{speed:.2f}" for speed in measurement.samples_per_s)
         self._say(f"{mode.name}: {speeds} samples/s")

@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     begin_role("hub", parsed.run_directory)
+    from slime_async.actors.judging import make_judge
     from slime_async.transport.hub import LearnerLost, run_hub
     from slime_async.transport.journal import JournalError
 
+    ready_file = parsed.ready_file or parsed.run_directory / "hub.address"
     try:
-        run_hub(config, parsed.run_directory, parsed.ready_file or parsed.run_directory / "hub.address")
+        run_hub(config, parsed.run_directory, ready_file, make_judge(config))
     except JournalError as error:  # starting it again would not help: the text says what would
         raise ConfigError(str(error)) from error
     except LearnerLost as lost:

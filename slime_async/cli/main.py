@@ -19,6 +19,7 @@ from slime_async.config import ConfigError
 TITLE = "Fully asynchronous off-policy RL post-training of language models"
 COMMANDS = {
     "train": "start hub, actors and learner here, and train until run.steps",
+    "check-task": "play a task's episodes on a random engine, and say what would spoil training",
     "eval": "held-out accuracy of a checkpoint",
     "audit": "prove from a run's journal and metrics that nothing was lost and nothing trained twice",
     "doctor": "what on this machine will not work, and what to do about it",
@@ -31,7 +32,8 @@ COMMANDS = {
     "learner": "one role: trains and publishes weights (one process per rank)",
     "keygen": "make CURVE keys for hub and clients",
 }
-"""Each is ``slime_async.cli.NAME`` with ``add_arguments(parser)`` and ``run(parsed) -> exit code``"""
+"""Each is the module ``slime_async.cli.NAME``, a dash as ``_``, with ``add_arguments(parser)`` and
+``run(parsed) -> exit code``"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    listing = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     top = FlagParser(
         prog="slime-async",
         description=f"{TITLE}\n\ncommands (slime-async COMMAND --help lists the flags of each):\n{listing}",
@@ -61,7 +63,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
     if "" not in sys.path:  # modules that a configuration names are found where the command runs, as under python -m
         sys.path.insert(0, "")
-    module = importlib.import_module(f"slime_async.cli.{command}")
+    module = importlib.import_module(f"slime_async.cli.{command.replace('-', '_')}")
     parser = FlagParser(
         prog=f"slime-async {command}", description=(module.__doc__ or "").replace("``", ""), allow_abbrev=False
     )

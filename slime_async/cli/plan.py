@@ -1,7 +1,7 @@
 """``slime-async plan``: how many devices of a cluster should generate and how many train, and with which η.
 
-Tries splits around the balance of both sides' rates in the simulator and proposes the fastest, with the smallest η that
-is nearly as fast. The rates follow from the model's size and the device's data sheet, unless SCENARIO has measured ones.
+Tries splits around the balance of both sides' rates in the simulator; proposes the fastest, with the smallest η that
+is nearly as fast. Rates follow from the model's size and the device's data sheet, unless a scenario has measured ones.
 """
 
 from __future__ import annotations

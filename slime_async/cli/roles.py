@@ -23,7 +23,8 @@ def plan_run(config: Config, run: Path) -> RunPlan:
         return RoleCommand(name, (*argv, *where_it_was), thread_environment(1))
 
     def actor(address: str, name: str) -> RoleCommand:
-        argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name)
+        devices = ("--actor.devices", str(list(actor_devices(config, name)))) if config.actor.devices else ()
+        argv = (sys.executable, *PROGRAM, "actor", *settings, "--hub", address, "--name", name, *devices)
         return RoleCommand(name, argv, thread_environment(config.actor.threads))
 
     def learner(address: str, name: str) -> RoleCommand:
@@ -46,6 +47,13 @@ def plan_run(config: Config, run: Path) -> RunPlan:
             "actor": config.actor.max_restarts,
         },
     )
+
+
+def actor_devices(config: Config, name: str) -> tuple[int, ...]:
+    """The share of ``actor.devices`` of the actor called ``actor-1`` or, in a later life, ``actor-1.2``."""
+    index = int(name.removeprefix("actor-").partition(".")[0])
+    share = len(config.actor.devices) // config.actor.count
+    return config.actor.devices[index * share : (index + 1) * share]
 
 
 def learner_interpreter(ranks: int) -> tuple[str, ...]:

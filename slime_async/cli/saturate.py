@@ -20,12 +20,17 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slime_async.bench.saturated import EngineRate, SaturatedEngine, SaturatedLearner
 from slime_async.config import Config, load_config
 from slime_async.protocol import Batch, Reservation
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
+
+if TYPE_CHECKING:
+    from slime_async.actors.engine import Engine
+    from slime_async.actors.rollout import Rollout
+    from slime_async.learner.trainer import Trainer
 
 EPISODES = "episodes.json"
 START = "start"
@@ -100,15 +105,18 @@ async def saturate_engine(config: Config, directory: Path, url: str) -> Saturate
     )
 
 
-def make_engine(config: Config, url: str) -> Any:
+def make_engine(config: Config, url: str) -> Engine:
     """One engine with the run's settings, which serves the checkpoint's weights at once."""
     from slime_async.actors.embedded.engine import EmbeddedEngine
+    from slime_async.actors.sglang.engine import SGLangEngine
 
-    assert not url
+    checkpoint, context = Path(config.model.path), config.sampling.max_context_tokens
+    if url:
+        return SGLangEngine(checkpoint, engine_id="saturated", url=url, max_context=context, weights=WeightId(0, 0))
     return EmbeddedEngine(
-        Path(config.model.path),
+        checkpoint,
         slots=config.actor.max_running_requests,
-        max_context=config.sampling.max_context_tokens,
+        max_context=context,
         device=config.actor.device,
         threads=config.actor.threads,
         weights=WeightId(0, 0),
@@ -118,10 +126,10 @@ def make_engine(config: Config, url: str) -> Any:
 class _Player:
     """Plays the tasks of a run in their order, any number at once."""
 
-    def __init__(self, config: Config, rollout: Any) -> None:
+    def __init__(self, config: Config, rollout: Rollout) -> None:
         self._rollout = rollout
         self._group_size = config.batch.group_size
-        [self._source] = [name for name in config.task.train][:1]
+        [self._source] = list(config.task.train)[:1]
         self._sizes = rollout.source_sizes
         self._next = 0
         self._played: dict[int, list[tuple[int, int, float]]] = {}
@@ -141,7 +149,7 @@ class _Player:
         return [group for group in self._played.values() if len(group) == self._group_size]
 
 
-async def _rate(player: _Player, engine: Any, episodes: int, seconds: float) -> EngineRate:
+async def _rate(player: _Player, engine: Engine, episodes: int, seconds: float) -> EngineRate:
     """At a steady load: tokens per second, and how many requests ran."""
     async with asyncio.TaskGroup() as tasks:
         playing = [tasks.create_task(player.play_for_ever()) for _ in range(episodes)]
@@ -213,6 +221,7 @@ def saturate_learner(config: Config, directory: Path) -> SaturatedLearner | None
     from slime_async.learner.checkpoint.start import Start
     from slime_async.learner.feed import Feed, FollowingFeed, SharingFeed
     from slime_async.learner.loop import SilentOutlet, train
+    from slime_async.learner.snapshots import Snapshots
     from slime_async.learner.trainer import Trainer
     from slime_async.telemetry.spans import SpanRecorder
     from slime_async.transport.codec import DEFAULT_LIMITS
@@ -223,6 +232,15 @@ def saturate_learner(config: Config, directory: Path) -> SaturatedLearner | None
         def __init__(self) -> None:
             self.ends: list[float] = []
             self.tokens: list[float] = []
+            self.snapshots: Snapshots | None = None
+
+        def publish(self, trainer: Trainer, weights: WeightId) -> float:
+            """The copy, without anybody to send it to."""
+            if dist.get_rank() != 0:
+                return super().publish(trainer, weights)
+            self.snapshots = self.snapshots or Snapshots(trainer.manifest(), trainer.device)
+            self.snapshots.fill(self.snapshots.begin(weights), trainer.export)
+            return 0.0
 
         def log_step(self, step: int, metrics: dict[str, float]) -> None:
             self.ends.append(time.monotonic())

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also report what as many supervised steps reach without RL (sets warm_start.control-steps to run.steps)",
     )
 
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train two small steps of a tiny model on sample data, on this CPU, to see that everything fits together",
+    )
+
 
 def run(parsed: argparse.Namespace) -> int:
     if parsed.resume is not None:
@@ -60,18 +66,26 @@ def run(parsed: argparse.Namespace) -> int:
         config = with_control(config)
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
     with owned(directory):
+        if parsed.dry_run:
+            from slime_async.cli.dry_run import shrink
+
+            config = shrink(config, directory)
         config = prepare_model(config, directory)
         write_config(config, directory)
         write_environment(directory)
-        return train(config, directory, plan_run(config, directory))
+        code = train(config, directory, plan_run(config, directory))
+    if parsed.dry_run and not code:
+        print("the dry run went through: task, model, training and weight updates fit together")
+    return code
 
 
 def resume(parsed: argparse.Namespace) -> int:
     """Go on with a run; what flags changed is written into its configuration."""
-    if parsed.config is not None or parsed.control:
+    if parsed.config is not None or parsed.control or parsed.dry_run:
         raise ConfigError(
             f"--resume {parsed.resume} goes on with that run's own configuration: leave "
             f"{'--control' if parsed.config is None else parsed.config} out"
@@ -102,6 +116,14 @@ def check_modules(config: Config) -> None:
     ]
     if missing:
         raise ConfigError("\n".join(missing))
+
+
+def check_servers(config: Config) -> None:
+    """Raise ``ConfigError`` for SGLang servers that cannot start as configured."""
+    if config.actor.engine == "sglang":
+        from slime_async.actors.engines import check_engines
+
+        check_engines(config)
 
 
 def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe) -> int:

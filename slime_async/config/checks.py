@@ -31,6 +31,8 @@ def function_paths(config: Config) -> dict[str, str]:
         "model.path": config.model.path if ":" in config.model.path else "",
         "task.generate": config.task.generate,
         "task.reward": config.task.reward,
+        "task.group_reward": config.task.group_reward,
+        "task.filter": config.task.filter,
         "warm_start.demonstrations": config.warm_start.demonstrations,
     }
     for family, sources in (("train", config.task.train), ("evaluation", config.task.evaluation)):
@@ -50,6 +52,7 @@ def _tasks(config: Config) -> Iterator[str]:
         yield "no training source: add a table [task.train.NAME] with factory = 'module:function'"
     if not config.task.evaluation:
         asked = [f"evaluation.{when}" for when in ("before", "after") if getattr(config.evaluation, when)]
+        asked += ["evaluation.interval_versions"] if config.evaluation.interval_versions else []
         if asked:
             yield (
                 f"{' and '.join(asked)} ask{'s' if len(asked) == 1 else ''} for an evaluation, but there is no "
@@ -71,6 +74,19 @@ def _lengths(config: Config) -> Iterator[str]:
         yield (
             f"sampling.max_new_tokens = {new} leaves no room for a prompt in sampling.max_context_tokens = {context}: "
             f"lower the first below {context} or raise the second"
+        )
+
+    limit = config.sampling.max_episode_tokens or new
+    if config.task.overlong_tokens > limit:
+        yield (
+            f"task.overlong_tokens = {config.task.overlong_tokens} is more than the limit of {limit} sampled tokens "
+            "before which it begins: every answer would lose reward; lower it"
+        )
+    truncated, failed = config.sampling.truncate_after_s, config.actor.episode_timeout_s
+    if truncated is not None and truncated >= failed:
+        yield (
+            f"sampling.truncate_after_s = {truncated} is not before actor.episode_timeout_s = {failed}: episodes would "
+            "fail before they could be truncated; raise the second"
         )
 
 
@@ -96,8 +112,26 @@ def _queue(config: Config) -> Iterator[str]:
 
 
 def _engines(config: Config) -> Iterator[str]:
-    if config.actor.engine == "sglang":
-        yield "actor.engine = 'sglang' is not connected in this release: use actor.engine = 'embedded'"
+    actor = config.actor
+    if actor.engine == "embedded":
+        if actor.engine_urls:
+            yield (
+                f"actor.engine_urls = {list(actor.engine_urls)} name SGLang servers, but actor.engine = 'embedded': "
+                "set actor.engine = 'sglang'"
+            )
+        if config.sglang:
+            yield f"[sglang] sets {', '.join(config.sglang)}, but actor.engine = 'embedded' has no SGLang server"
+        return
+    for url in actor.engine_urls:
+        if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):
+            yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
+    if actor.engine_urls and actor.count > 1:
+        yield (
+            f"actor.engine_urls are the engines of one actor, but actor.count = {actor.count}: use 1, or start actors "
+            "with URLs of their own"
+        )
+    if config.run.deterministic:
+        yield "run.deterministic = true needs actor.engine = 'embedded': SGLang's batches depend on timing"
 
 
 def _training(config: Config) -> Iterator[str]:

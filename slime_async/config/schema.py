@@ -53,6 +53,8 @@ class SourceConfig(Section):
     """module:callable; called with ``arguments`` it returns a sequence of tasks (len() and [index])"""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory"""
+    dry_run: dict[str, Any] = Field(default_factory=dict)
+    """Arguments that stand in for these with ``--dry-run``: a sample of the data that is always there"""
     weight: PositiveFloat = 1.0
     """Its share of the training tasks, relative to the other sources"""
 
@@ -65,9 +67,33 @@ class TaskConfig(Section):
     evaluation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Held-out sources by name; never trained on"""
     generate: str = "slime_async.actors.single_turn:generate"
-    """module:async function (task, policy) that plays one episode"""
+    """module:async function (task, policy) that plays one episode, or a class that has it as a method"""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of ``generate``: of the function, after (task, policy), or of the class"""
     reward: str = ""
     """module:function (task content, answer text, finish reason) → float; the single-turn default needs it"""
+    group_reward: str = ""
+    """module:function (group) → one reward per sample, which replace those of the episodes"""
+    filter: str = ""
+    """module:function (group) → whether to train on it; groups that are refused are replaced by others"""
+    credit: Literal["episode", "to-go"] = "episode"
+    """Every turn gets the whole return, or what its branch earned from that turn on"""
+    on_truncated: Literal["train", "mask"] = "train"
+    """Episodes that a limit ended: trained like others, or without weight in the loss; their rewards always count"""
+    truncated_reward: float = 0.0
+    """Final reward of an episode that a limit ended before its environment gave one"""
+    overlong_tokens: int = Field(0, ge=0)
+    """Sampled tokens before the limit from which on the reward shrinks; 0 turns it off"""
+    overlong_penalty: float = Field(1.0, ge=0)
+    """What an episode loses that used the whole limit; linear from 0 over ``overlong_tokens``"""
+    processes: PositiveInt = 1
+    """Worker processes per actor for slow functions and environments; see docs/tasks.md"""
+    isolate_reward: bool = False
+    """Call ``reward`` in a worker process: needed where it takes milliseconds, or may never return"""
+    process_memory_bytes: PositiveInt = 2 << 30
+    """Address space of one worker process; beyond it, its call fails"""
+    process_timeout_s: PositiveFloat = 60.0
+    """Of one call in a worker process; the worker is killed when it takes longer"""
     epochs: PositiveInt | None = None
     """Passes over the training sources; endless when not set"""
     shuffle: bool = True
@@ -87,6 +113,12 @@ class SamplingConfig(Section):
     """Sample from this many likeliest tokens; −1 keeps the whole vocabulary"""
     max_context_tokens: PositiveInt = 4096
     """Prompt and answer together"""
+    max_episode_tokens: PositiveInt | None = None
+    """Sampled in all turns of an episode; the episode is truncated where they run out"""
+    turn_timeout_s: PositiveFloat | None = None
+    """A turn that takes longer ends with what it has"""
+    truncate_after_s: PositiveFloat | None = None
+    """An episode is truncated then; ``actor.episode_timeout_s`` fails one that takes still longer"""
 
 
 class ActorConfig(Section):
@@ -96,6 +128,16 @@ class ActorConfig(Section):
     """Actor processes that ``slime-async train`` starts; 0 when they are started elsewhere"""
     engine: Literal["embedded", "sglang"] = "embedded"
     """Which engine an actor runs"""
+    engines: PositiveInt = 1
+    """Engines in one actor, each with its own copy of the weights, on [sglang] tp_size × pp_size devices each"""
+    engine_urls: tuple[str, ...] = ()
+    """SGLang servers that run elsewhere, in place of engines of the actor's own"""
+    devices: tuple[int, ...] = ()
+    """GPUs of this machine's actors, in order, shared out among their SGLang servers; empty: what CUDA shows"""
+    engine_stall_timeout_s: PositiveFloat = 120.0
+    """An SGLang server that has requests and samples nothing for this long is taken for hung, and restarted"""
+    health_interval_s: PositiveFloat = 5.0
+    """Between two health checks of each engine"""
     slots: PositiveInt = 128
     """Trajectories that run at once in one actor"""
     max_running_requests: PositiveInt = 128
@@ -105,7 +147,7 @@ class ActorConfig(Section):
     device: str = "cpu"
     """Of the embedded engine"""
     max_restarts: int = Field(8, ge=0)
-    """How many times dead actors are started again, all together, before the run fails"""
+    """How many times dead actors are started again, all together, before the run fails; within an actor, its engines"""
     startup_timeout_s: PositiveFloat = 600.0
     """Until an engine is up"""
     episode_timeout_s: PositiveFloat = 600.0
@@ -156,10 +198,21 @@ class WeightsConfig(Section):
     """While requests run, or only between batches (one-step-off)"""
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     """What happens to requests in flight: keep their KV cache, recompute it, or resubmit them"""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Of the broadcast; auto takes nccl where learner and engines have GPUs"""
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """What carries them: a broadcast over gloo or nccl (auto: as the learner's device wants it), or ipc, through memory
+    that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+
+    @property
+    def command_timeout_s(self) -> float:
+        """Of one command in an actor: the weight group's own deadline, which says more, comes first"""
+        return 1.5 * self.timeout_s
+
+    @property
+    def reply_timeout_s(self) -> float:
+        """Of one command as the learner sees it: whoever waits longest ejects"""
+        return 2 * self.timeout_s
 
 
 class LearnerConfig(Section):
@@ -233,8 +286,14 @@ class EvaluationConfig(Section):
     """At version 0"""
     after: bool = True
     """At the last version"""
+    interval_versions: PositiveInt | None = None
+    """Also at every so many versions, beside training; never when not set"""
     tasks: PositiveInt = 512
     """Tasks per evaluation, the first ones of each source"""
+    samples: PositiveInt = 1
+    """Answers per task; with several, pass@k is reported, too"""
+    share: float = Field(0.125, gt=0, le=1)
+    """Of each actor's slots, that evaluations beside training may take; those before and after take all"""
     timeout_s: PositiveFloat = 300.0
     """Deadline of one evaluation"""
 

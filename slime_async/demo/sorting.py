@@ -126,7 +126,9 @@ def _number_sorting(numbers: int, seed: int) -> Any:
     try:
         from reasoning_gym.algorithmic.number_sorting import NumberSortingConfig, NumberSortingDataset
     except ModuleNotFoundError as error:
-        raise ValueError("the sorting task needs reasoning-gym: pip install 'slime-async[demo]'") from error
+        raise ValueError(
+            f"the sorting task needs reasoning-gym, whole ({error}): pip install 'slime-async[demo]'"
+        ) from error
     config = NumberSortingConfig(
         min_numbers=numbers,
         max_numbers=numbers,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey
 
-DropReason = Literal["stale", "failed", "equal_rewards"]
+DropReason = Literal["stale", "failed", "equal_rewards", "filtered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,14 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupJudged:
+    """A complete group's rewards, by sample, in the place of its trajectories' own"""
+
+    serial: int
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupDropped:
     serial: int
     reason: DropReason
@@ -113,6 +121,9 @@ class EvaluationOpened:
     source: str
     num_tasks: int
     first_serial: int
+    samples: int = 1
+    share: float = 1.0
+    """Of each actor's slots, that it may take at once"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,7 @@ class EvaluationFinished:
     rewards: tuple[float, ...]
     failed: int
     versions: tuple[int, ...]
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +152,8 @@ class Snapshot:
     tasks: dict[str, dict[str, int]]
     evaluations: tuple[EvaluationOpened, ...]
     results: tuple[EvaluationFinished, ...]
-    groups: tuple[tuple[TaskRef, tuple[Accepted, ...]], ...]
-    """Every group that is neither durable nor dropped, by serial"""
+    groups: tuple[tuple[TaskRef, tuple[Accepted, ...], tuple[float, ...]], ...]
+    """Every group that is neither durable nor dropped, by serial, with the rewards that its judge gave"""
     batches: tuple[tuple[Leased, str, bool], ...]
     """(composition and holder, state, retrained) by version"""
     totals: dict[str, int]
@@ -152,6 +164,7 @@ Event = (
     | SourcesDeclared
     | GroupOpened
     | Accepted
+    | GroupJudged
     | GroupDropped
     | Leased
     | Committed
@@ -166,7 +179,7 @@ Event = (
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        TaskRef, TrajectoryMeta, BatchShape, SourcesDeclared, GroupOpened, Accepted, GroupDropped, Leased,
+        TaskRef, TrajectoryMeta, BatchShape, SourcesDeclared, GroupOpened, Accepted, GroupJudged, GroupDropped, Leased,
         Committed, WeightsPublished, MadeDurable, LearnerJoined, EvaluationOpened, EvaluationFinished, Snapshot,
     )
 }  # fmt: skip

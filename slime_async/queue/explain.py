@@ -25,6 +25,8 @@ def explain_lease(
     ]
     if limits.on_stale == "wait" and ledger.complete >= needed:
         parts += _next_group(limits, ledger)
+    if unjudged := sum(len(g.accepted) == limits.group_size and not ledger.ready(g) for g in ledger.pending.values()):
+        parts.append(f"{unjudged} groups wait for their judge")
     parts.append(gate.closed_by() or "admission open")
     return Waiting("; ".join(parts))
 
@@ -35,6 +37,8 @@ def _next_group(limits: QueueLimits, ledger: Ledger) -> list[str]:
         lacking = limits.group_size - len(group.accepted)
         if lacking:
             return [f"the group of task {serial} leaves first and lacks {lacking} samples"]
+        if not ledger.ready(group):
+            return [f"the group of task {serial} leaves first and waits for its judge"]
     return []
 
 

@@ -42,7 +42,7 @@ class Ledger:
         self.totals: dict[str, int] = {}
         """Over the whole run: accepted, durable, dropped_trajectories, dropped_<reason>_groups"""
         self.complete = 0
-        """Pending groups with all their samples"""
+        """Pending groups that may be leased"""
         self.queued = 0
         """Accepted samples of pending groups"""
         self.queued_bytes = 0
@@ -75,10 +75,16 @@ class Ledger:
     def batch_bytes(self, record: BatchRecord) -> int:
         return sum(group.size_bytes for group in self.batch_groups(record))
 
+    def ready(self, group: Group) -> bool:
+        """It has all its samples, and its judge's word where it needs one."""
+        return len(group.accepted) == self.limits.group_size and (bool(group.rewards) or not self.limits.judge_groups)
+
     def apply(self, event: Event) -> None:
         match event:
             case Accepted():
                 self._accept(event)
+            case events.GroupJudged():
+                self._judge(event)
             case events.GroupOpened(task):
                 self.tasks.advance(task.source)
                 self.groups[task.serial] = self.pending[task.serial] = Group(task)
@@ -112,8 +118,13 @@ class Ledger:
         self.queued += 1
         self.queued_bytes += event.meta.size_bytes
         self.largest_bytes = max(self.largest_bytes, event.meta.size_bytes)
-        self.complete += len(group.accepted) == self.limits.group_size
+        self.complete += self.ready(group)
         self._count("accepted", 1)
+
+    def _judge(self, event: events.GroupJudged) -> None:
+        group = self.pending[event.serial]
+        group.rewards = event.rewards
+        self.complete += self.ready(group)
 
     def _drop(self, event: events.GroupDropped) -> None:
         group = self._leave_queue(event.serial)
@@ -174,7 +185,7 @@ class Ledger:
         group = self.pending.pop(serial)
         self.queued -= len(group.accepted)
         self.queued_bytes -= group.size_bytes
-        self.complete -= len(group.accepted) == self.limits.group_size
+        self.complete -= self.ready(group)
         return group
 
     def _return_to_queue(self, record: BatchRecord) -> None:

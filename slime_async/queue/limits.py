@@ -36,6 +36,8 @@ class QueueLimits:
     """A sample that failed so often takes its group with it; deaths of actors don't count"""
     drop_equal_rewards: bool = False
     """Drop complete groups whose rewards are all equal: their advantages are zero"""
+    judge_groups: bool = False
+    """A complete group is leased once it was judged (``TrajectoryQueue.judge``)"""
 
     def __post_init__(self) -> None:
         for name in ("group_size", "groups_per_batch", "max_trajectory_bytes", "max_attempts"):
@@ -91,4 +93,5 @@ class QueueLimits:
             max_trajectory_bytes=batch.max_trajectory_bytes,
             max_attempts=batch.max_attempts,
             drop_equal_rewards=batch.drop_equal_rewards,
+            judge_groups=bool(config.task.group_reward or config.task.filter),
         )

@@ -16,7 +16,8 @@ before answering whoever caused them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Self
 
 from slime_async.protocol import EvaluationResult, Reservation
@@ -27,11 +28,11 @@ from slime_async.queue.explain import explain_learner, explain_lease
 from slime_async.queue.gate import Gate, GateCause
 from slime_async.queue.ledger import Ledger
 from slime_async.queue.limits import QueueLimits
-from slime_async.queue.records import BatchRecord, BatchState, Exhausted, LeasedBatch, Waiting
+from slime_async.queue.records import BatchRecord, BatchState, Exhausted, Group, LeasedBatch, Waiting
 from slime_async.queue.reservations import ReservationTable
 from slime_async.queue.selection import select
 from slime_async.queue.staleness import measure
-from slime_async.queue.statistics import Meters, QueueStatistics, collect
+from slime_async.queue.statistics import LeftOut, Meters, QueueStatistics, collect
 from slime_async.queue.tasks import TaskStream
 from slime_async.trajectory import TrajectoryKey
 
@@ -72,18 +73,19 @@ class TrajectoryQueue:
         """Slots of ``actor`` that its reservations take."""
         return self._training.outstanding(actor) + self._evaluating.outstanding(actor)
 
-    def grant(self, actor: str, free_slots: int, now: float) -> tuple[Reservation, ...]:
-        """Up to ``free_slots`` new reservations: evaluations first, then missing samples of open groups, oldest
-        first, then new groups as far as pacing and backpressure allow.
+    def grant(self, actor: str, free_slots: int, now: float, slots: int | None = None) -> tuple[Reservation, ...]:
+        """Up to ``free_slots`` new reservations: evaluations first, within their share of the actor's ``slots``, then
+        missing samples of open groups, oldest first, then new groups as far as pacing and backpressure allow.
 
         Nothing before the present learner's first publication.
         """
         granted: list[Reservation] = []
         if self._ledger.awaits_weights:
             return ()
-        while len(granted) < free_slots and (taken := self._evaluating.take(actor)):
+        share = free_slots if slots is None else self._evaluations.slots(slots) - self._evaluating.outstanding(actor)
+        while len(granted) < min(free_slots, share) and (taken := self._evaluating.take(actor)):
             task, name = self._evaluations.task(taken[0])
-            granted.append(Reservation(task, 0, taken[1], name))
+            granted.append(Reservation(task, taken[0].sample, taken[1], name))
         for _ in range(self._gate.room(free_slots - len(granted))):
             training = self._training.take(actor) or (self._training.take(actor) if self._open_group() else None)
             if training is None:
@@ -146,6 +148,40 @@ class TrajectoryQueue:
                 self._finish_evaluation(key)
             else:
                 self._drop(key.task, "failed")
+
+    def groups_to_judge(self) -> tuple[int, ...]:
+        """Complete groups that wait for their judge, by serial, oldest first."""
+        if not self.limits.judge_groups:
+            return ()
+        pending = self._ledger.pending.items()
+        return tuple(s for s, g in pending if len(g.accepted) == self.limits.group_size and not g.rewards)
+
+    def judge(self, serial: int, rewards: Sequence[float], keep: bool, now: float) -> None:
+        """A group's rewards, by sample, and whether to train on it. A group that is gone is ignored.
+
+        Raises ``ValueError`` for rewards that are not one finite number per sample.
+        """
+        if len(rewards) != self.limits.group_size or not all(map(math.isfinite, rewards)):
+            raise ValueError(
+                f"the judge of task {serial} gave {list(rewards)}: it must be {self.limits.group_size} finite numbers"
+            )
+        group = self._ledger.pending.get(serial)
+        if group is None or group.rewards:
+            return
+        self._record(events.GroupJudged(serial, tuple(map(float, rewards))))
+        self._meters.moved(now)
+        if keep:
+            self._filter_equal(group)
+        else:
+            self._filter(group, "filtered")
+
+    def give_up_group(self, serial: int, reason: str, now: float) -> None:
+        """Its judge has failed: the group is dropped as failed."""
+        if serial in self._ledger.pending:
+            self._meters.failures += 1
+            self._meters.last_failure = reason
+            self._meters.moved(now)
+            self._drop(serial, "failed")
 
     def lose_actor(self, actor: str, now: float) -> tuple[TrajectoryKey, ...]:
         """The actor died: the reservations it held, which are granted again to others."""
@@ -244,12 +280,16 @@ class TrajectoryQueue:
 
     # -------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, name: str, source: str, num_tasks: int, now: float) -> None:
-        """Open an evaluation on the first ``num_tasks`` tasks of ``source`` (all, if it has fewer), once each.
+    def evaluate(
+        self, name: str, source: str, num_tasks: int, now: float, *, samples: int = 1, share: float = 1.0
+    ) -> None:
+        """Open an evaluation on the first ``num_tasks`` tasks of ``source`` (all, if it has fewer), ``samples`` each.
 
         Opening it again changes nothing. Raises ``ValueError`` for an unknown source, or other arguments than before.
         """
         sizes = self._ledger.tasks.sizes
+        if samples < 1 or not 0 < share <= 1:
+            raise ValueError(f"samples = {samples}, share = {share}: at least one sample, and a share in (0, 1]")
         if source not in sizes or num_tasks < 1:
             raise ValueError(
                 f"cannot evaluate {num_tasks} tasks of {source!r}: the actors' sources are {sizes or 'not known yet'}"
@@ -257,12 +297,13 @@ class TrajectoryQueue:
         num_tasks = min(num_tasks, sizes[source])
         known = self._ledger.evaluations.get(name)
         if known is not None:
-            if (known.source, known.num_tasks) != (source, num_tasks):
+            if (known.source, known.num_tasks, known.samples) != (source, num_tasks, samples):
                 raise ValueError(
                     f"evaluation {name!r} is {known.num_tasks} tasks of {known.source!r}, not {num_tasks} of {source!r}"
                 )
             return
-        opened = events.EvaluationOpened(name, source, num_tasks, self._ledger.next_evaluation_serial)
+        serial = self._ledger.next_evaluation_serial
+        opened = events.EvaluationOpened(name, source, num_tasks, serial, samples, share)
         self._record(opened)
         self._evaluations.open(opened)
         self._meters.moved(now)
@@ -278,7 +319,7 @@ class TrajectoryQueue:
         result = self._ledger.results.get(name)
         if result is None:
             return None
-        return EvaluationResult(result.name, result.rewards, result.failed, result.versions)
+        return EvaluationResult(result.name, result.rewards, result.failed, result.versions, result.counts)
 
     # ----------------------------------------------------------------------------------------- introspection
 
@@ -298,9 +339,15 @@ class TrajectoryQueue:
         return self._ledger.trained
 
     @property
-    def dropped_stale_tokens(self) -> int:
-        """Sampled tokens of groups that were dropped whole as stale, since this queue began or was replayed"""
-        return self._meters.dropped_stale_tokens
+    def left_out(self) -> LeftOut:
+        """What was generated for nothing, since this queue began or was replayed"""
+        meters = self._meters
+        return LeftOut(meters.dropped_stale_tokens, meters.filtered_groups, meters.filtered_tokens)
+
+    def group_keys(self, serial: int) -> tuple[TrajectoryKey, ...]:
+        """The accepted trajectories of a group that is neither durable nor dropped, by sample."""
+        group = self._ledger.groups.get(serial)
+        return group.keys if group is not None else ()
 
     def batch_keys(self, train_version: int) -> tuple[TrajectoryKey, ...]:
         """The trajectories of a batch that is leased, trained or to be trained again; none once it is durable."""
@@ -311,6 +358,11 @@ class TrajectoryQueue:
 
     def statistics(self, now: float) -> QueueStatistics:
         return collect(self.limits, self._ledger, self._training, self._evaluating, self._meters, now)
+
+    @property
+    def evaluations_wait(self) -> bool:
+        """Whether any evaluation has samples to be granted, which admission does not hold back."""
+        return self._evaluating.missing > 0
 
     def admission_closed_by(self) -> GateCause | None:
         """What keeps free slots from being granted anything; None when nothing does."""
@@ -402,10 +454,18 @@ class TrajectoryQueue:
         newest = meta.tokens_by_version[-1][0] if meta.tokens_by_version else self._ledger.published
         self._record(Accepted(meta, max(newest, self._ledger.published)))
         self._meters.delivered(meta)
-        complete = len(group.accepted) == self.limits.group_size
-        if complete and self.limits.drop_equal_rewards and group.rewards_equal():
-            self._drop(meta.key.task, "equal_rewards")
+        self._filter_equal(group)
         return True
+
+    def _filter_equal(self, group: Group) -> None:
+        if self.limits.drop_equal_rewards and self._ledger.ready(group) and group.rewards_equal():
+            self._filter(group, "equal_rewards")
+
+    def _filter(self, group: Group, reason: Literal["equal_rewards", "filtered"]) -> None:
+        """Replaced by another group: what it cost is counted."""
+        self._meters.filtered_groups += 1
+        self._meters.filtered_tokens += sum(accepted.meta.num_sampled for accepted in group.accepted.values())
+        self._drop(group.task.serial, reason)
 
     def _accept_evaluation(self, meta: TrajectoryMeta) -> bool | None:
         taken = self._evaluations.accept(meta)
@@ -458,6 +518,7 @@ class TrajectoryQueue:
             incarnation=record.incarnation,
             train_version=record.train_version,
             keys=tuple(a.meta.key for a in accepted),
+            rewards=tuple(r for group in self._ledger.batch_groups(record) for r in group.rewards),
             min_version=self.limits.min_version(record.train_version),
             staleness=measure(accepted, record.train_version, self.limits.max_staleness),
             retrained=record.retrained,

@@ -26,6 +26,8 @@ class Group:
     task: TaskRef
     accepted: dict[int, Accepted] = field(default_factory=dict)
     """By sample"""
+    rewards: tuple[float, ...] = ()
+    """By sample, as the group's judge gave them; empty before, and where groups are not judged"""
 
     @property
     def size_bytes(self) -> int:
@@ -48,7 +50,8 @@ class Group:
         return max((s[-1][0] for s in spans), default=None)
 
     def rewards_equal(self) -> bool:
-        return len({accepted.meta.reward for accepted in self.accepted.values()}) == 1
+        rewards = self.rewards or tuple(accepted.meta.reward for accepted in self.accepted.values())
+        return len(set(rewards)) == 1
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class LeasedBatch:
     train_version: int
     keys: tuple[TrajectoryKey, ...]
     """B trajectories by group, oldest grant first, samples ascending"""
+    rewards: tuple[float, ...]
+    """In the place of the trajectories' own, where groups are judged; empty where they are not"""
     min_version: int | None
     """Tokens of versions below it have no weight in the loss; None: all train"""
     staleness: BatchStaleness

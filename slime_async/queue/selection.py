@@ -36,12 +36,12 @@ def select(ledger: Ledger, limits: QueueLimits, train_version: int) -> Selection
         return Selection((), ())
     if limits.on_stale == "wait":
         head = list(islice(ledger.pending.items(), limits.groups_per_batch))
-        ready = all(len(group.accepted) == limits.group_size for _, group in head)
+        ready = all(ledger.ready(group) for _, group in head)
         return Selection(tuple(serial for serial, _ in head) if ready else (), ())
     chosen: list[int] = []
     stale: list[int] = []
     for serial, group in ledger.pending.items():
-        if len(group.accepted) < limits.group_size:
+        if not ledger.ready(group):
             continue
         (stale if _is_stale(group, limits, train_version) else chosen).append(serial)
         if len(chosen) == limits.groups_per_batch:

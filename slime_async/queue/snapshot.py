@@ -40,7 +40,7 @@ def take(ledger: Ledger) -> Snapshot:
         evaluations=tuple(ledger.evaluations.values()),
         results=tuple(ledger.results.values()),
         groups=tuple(
-            (group.task, tuple(group.accepted[sample] for sample in sorted(group.accepted)))
+            (group.task, tuple(group.accepted[sample] for sample in sorted(group.accepted)), group.rewards)
             for _, group in sorted(ledger.groups.items())
         ),
         batches=tuple(
@@ -62,7 +62,10 @@ def restore(ledger: Ledger, state: Snapshot) -> None:
     ledger.evaluations = {evaluation.name: evaluation for evaluation in state.evaluations}
     ledger.results = {result.name: result for result in state.results}
     ledger.totals = dict(state.totals)
-    ledger.groups = {task.serial: Group(task, {a.meta.key.sample: a for a in taken}) for task, taken in state.groups}
+    ledger.groups = {
+        task.serial: Group(task, {a.meta.key.sample: a for a in taken}, tuple(rewards))
+        for task, taken, rewards in state.groups
+    }
     ledger.batches = {
         leased.train_version: BatchRecord(
             leased.train_version, leased.groups, leased.incarnation, BatchState(status), retrained
@@ -73,7 +76,7 @@ def restore(ledger: Ledger, state: Snapshot) -> None:
     ledger.pending = {serial: group for serial, group in ledger.groups.items() if serial not in in_batches}
     ledger.queued = sum(len(group.accepted) for group in ledger.pending.values())
     ledger.queued_bytes = sum(group.size_bytes for group in ledger.pending.values())
-    ledger.complete = sum(len(group.accepted) == ledger.limits.group_size for group in ledger.pending.values())
+    ledger.complete = sum(ledger.ready(group) for group in ledger.pending.values())
     leased_records = [record for record in ledger.batches.values() if record.state is BatchState.LEASED]
     ledger.leased = len(leased_records)
     ledger.leased_bytes = sum(ledger.batch_bytes(record) for record in leased_records)

@@ -9,8 +9,10 @@ from slime_async.protocol import Reservation
 from slime_async.queue.queue import TrajectoryQueue
 
 
-def spread_grants(queue: TrajectoryQueue, free_slots: Mapping[str, int], now: float) -> dict[str, list[Reservation]]:
-    """Grant all that may be granted now, by actor; ``free_slots`` are theirs.
+def spread_grants(
+    queue: TrajectoryQueue, free_slots: Mapping[str, int], slots: Mapping[str, int], now: float
+) -> dict[str, list[Reservation]]:
+    """Grant all that may be granted now, by actor; of its ``slots`` each has ``free_slots`` free.
 
     A group stays together where an actor has room for it: its samples share a prompt.
     """
@@ -21,11 +23,11 @@ def spread_grants(queue: TrajectoryQueue, free_slots: Mapping[str, int], now: fl
     while by_room:
         room, name = heapq.heappop(by_room)
         wanted = min(-room, size)
-        reservations = queue.grant(name, wanted, now)
+        reservations = queue.grant(name, wanted, now, slots[name])
         if reservations:
             granted.setdefault(name, []).extend(reservations)
-        if len(reservations) < wanted:
-            break  # admission is closed, for everybody
-        if wanted < -room:
+        if len(reservations) == wanted < -room:
             heapq.heappush(by_room, (room + wanted, name))
+        elif len(reservations) < wanted and not queue.evaluations_wait:
+            break  # admission is closed, for everybody
     return granted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from slime_async.queue.events import Accepted, TrajectoryMeta
 from slime_async.queue.ledger import Ledger
@@ -21,6 +22,17 @@ def _window() -> deque[int]:
     return deque(maxlen=LENGTH_WINDOW)
 
 
+class LeftOut(NamedTuple):
+    """Of groups that no batch will ever hold."""
+
+    stale_tokens: int
+    """Sampled, in groups dropped whole as stale"""
+    groups_filtered: int
+    """For equal rewards, or by the judge"""
+    tokens_filtered: int
+    """Sampled in them"""
+
+
 @dataclass(slots=True)
 class Meters:
     """Counts that a restart of the hub resets."""
@@ -33,6 +45,8 @@ class Meters:
     returned: int = 0
     masked_tokens: int = 0
     dropped_stale_tokens: int = 0
+    filtered_groups: int = 0
+    filtered_tokens: int = 0
     masked_trajectories: int = 0
     trained_stale_tokens: int = 0
     last_batch: BatchStaleness = field(default_factory=BatchStaleness)
@@ -99,6 +113,11 @@ class QueueStatistics:
     dropped_stale_groups: int
     dropped_failed_groups: int
     dropped_equal_rewards_groups: int
+    dropped_filtered_groups: int
+    filtered_groups: int
+    """Of equal rewards or refused by the filter, since the hub started"""
+    filtered_tokens: int
+    """Sampled in them"""
     duplicates: int
     unwanted: int
     failures: int
@@ -173,6 +192,9 @@ def collect(
         dropped_stale_groups=totals.get("dropped_stale_groups", 0),
         dropped_failed_groups=totals.get("dropped_failed_groups", 0),
         dropped_equal_rewards_groups=totals.get("dropped_equal_rewards_groups", 0),
+        dropped_filtered_groups=totals.get("dropped_filtered_groups", 0),
+        filtered_groups=meters.filtered_groups,
+        filtered_tokens=meters.filtered_tokens,
         duplicates=meters.duplicates,
         unwanted=meters.unwanted,
         failures=meters.failures,

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Cluster:
         step_s: dict[int, float] = {}
         self._engines = [SimulatedEngine(scenario.engine, step_s) for _ in range(scenario.engines)]
         self._lives = [0] * scenario.engines
+        self._slots = {str(index): scenario.slots for index in range(scenario.engines)}
         self._free = [scenario.slots] * scenario.engines
         self._has_room = dict.fromkeys(range(scenario.engines))
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -127,7 +129,7 @@ class Cluster:
     def _grant(self) -> None:
         free = {str(index): self._free[index] for index in self._has_room}
         touched = []
-        for name, reservations in spread_grants(self._queue, free, self.now).items():
+        for name, reservations in spread_grants(self._queue, free, self._slots, self.now).items():
             index = int(name)
             self._take_slots(index, len(reservations))
             for reservation in reservations:
@@ -297,12 +299,11 @@ class Cluster:
 
     def _publish(self, version: int) -> None:
         self._publishing = True
-        begin = lambda: self._send(version)  # noqa: E731 - one of two ways to the same continuation
         if self._scenario.publish == "batch_boundary":
-            self._draining, self._drain_waits = True, begin
+            self._draining, self._drain_waits = True, partial(self._send, version)
             self._drained()
         else:
-            begin()
+            self._send(version)
 
     def _drained(self) -> None:
         if self._drain_waits is not None and not self._episodes:

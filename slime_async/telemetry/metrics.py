@@ -46,7 +46,15 @@ METRICS: dict[str, Metric] = {
         "Without a gradient: all their rewards are the same",
         "Most of them: tasks are too easy or too hard; mix sources, or `batch.drop_equal_rewards = true`",
     ),
+    "groups_filtered": Metric(
+        "groups",
+        "Dropped for equal rewards or by task.filter since the batch before",
+        "More than are trained: tasks are too easy or too hard; mix in others",
+    ),
+    "tokens_filtered": Metric("tokens", "Sampled in these groups"),
+    "over_sampling": Metric("", "Groups generated for each that is trained: (batch.groups + groups_filtered) / groups"),
     "trajectories": Metric("trajectories", "In the batch and with any weight in the loss"),
+    "truncated_trajectories": Metric("trajectories", "Ended by a limit of length or time"),
     "tokens_trained": Metric("tokens", "Sampled tokens with non-zero weight in the loss"),
     "tokens_masked_as_stale": Metric(
         "tokens",
@@ -105,6 +113,9 @@ FAMILIES = {
     "staleness/": "sampled tokens of the batch by their age in versions, masked ones included",
     "sequences/": "computed, by bucket of staleness",
     "tokens/": "computed, by bucket of staleness",
+    "truncated/": "trajectories of the batch that a limit ended, by reason: `length`, `deadline`, …",
+    "failed/": "episodes that came to nothing since the batch before, by reason; their samples are generated again",
+    "evaluation/": "of the evaluation that finished during this step, by source",
     "environment/": "the task's own numbers (Trajectory.metrics), averaged over the batch",
 }
 """What a name begins with → what all of those are; ``slime_async.telemetry.families`` has each of ours."""

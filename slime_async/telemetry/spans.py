@@ -19,16 +19,17 @@ prox           learner    log-probs of π_prox and π_ref
 forward        learner    forward and backward of one optimizer step
 optimizer      learner    the rest of the step
 commit         learner    telling the hub that a batch is trained
-snapshot       learner    copying the weights out of the model
+snapshot       learner    converting the weights into buffers of their own
 log            learner    writing the step's metrics
 publish_stall  learner    the publication before is not done: the loop waits for it
 wait_engines   learner    waiting for engines to hold a version
 supervised     learner    the warm start, and its control
 evaluate       learner    waiting for an evaluation
 save           learner    writing a checkpoint
-publish        learner    new weights' conversion … all engines use them; it holds the next five
-join           learner    forming the weight group, where members changed
+publish        learner    new weights are at hand … all engines use them; it holds the next six
 prepare_sync   learner    until all engines acknowledge
+join           learner    forming the weight group, where members changed
+convert        learner    until there are converted weights to send
 pause          learner    until no engine samples
 broadcast      learner    the collective
 resume         learner    until all engines sample again

@@ -5,7 +5,7 @@ The format is Chrome's trace events: one trace process per process of the run, i
 ========  ==============================================================================================
 activity  what the process's time counts as (``slime_async.telemetry.accounting``): disjoint, without holes
 loop      learner: lease, train with its phases, commit, snapshot, evaluation, …
-publish   learner: each publication with join, prepare_sync, pause, broadcast, resume
+publish   learner: each publication with prepare_sync, join, convert, pause, broadcast, resume
 engine    actor: computing
 weights   actor: paused for new weights
 episodes  actor: any episode open; likewise ``delivery`` and ``idle``
@@ -34,7 +34,7 @@ RUN_PID = 1
 LANES_PER_PROCESS = 100
 ACTIVITY_LANE = "activity"
 LANES: dict[str, tuple[str, ...]] = {
-    "publish": ("publish", "join", "prepare_sync", "pause", "broadcast", "resume"),
+    "publish": ("publish", "prepare_sync", "join", "convert", "pause", "broadcast", "resume"),
     "engine": ("generate",),
     "weights": ("weight_sync",),
     "episodes": ("episode",),

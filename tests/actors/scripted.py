@@ -8,8 +8,9 @@ from typing import Any
 
 from slime_async.actors.engine import EngineStatus, GenerateRequest, Generation, SamplingParams
 from slime_async.actors.environment import Reward, Task
-from slime_async.actors.policy import EnginePolicy
+from slime_async.actors.policy import EnginePolicy, EpisodeLimits
 from slime_async.demo.tokenizer import EOS, VOCABULARY, make_tokenizer
+from slime_async.protocol import WeightManifest
 from slime_async.trajectory import TaskRef, VersionSpan, WeightId
 
 EOS_ID = VOCABULARY.index(EOS)
@@ -48,13 +49,16 @@ class ScriptedEngine:
         entry = self.script[min(len(self.requests), len(self.script)) - 1]
         return entry if isinstance(entry, Generation) else entry(request)
 
+    async def abort(self, request_id: str) -> None:
+        raise AssertionError(f"{request_id} has been answered: nothing is left to abort")
+
 
 def make_task(content: Any, reward: Reward | None = None) -> Task:
     return Task(TaskRef(0, "test", 0), 0, content, SAMPLING, TOKENIZER, reward)
 
 
 def make_policy(engine: ScriptedEngine, *, seed: int = 0, max_context_tokens: int = 64) -> EnginePolicy:
-    return EnginePolicy(engine, SAMPLING, seed=seed, max_context_tokens=max_context_tokens)
+    return EnginePolicy(engine, SAMPLING, EpisodeLimits(max_context_tokens), seed=seed)
 
 
 class ScriptedProcess(ScriptedEngine):
@@ -71,6 +75,12 @@ class ScriptedProcess(ScriptedEngine):
 
     async def status(self) -> EngineStatus:
         return EngineStatus(self.engine_id, self.weights, False, 0, 0, 0)
+
+    async def check_health(self) -> None:
+        assert self.state == "started"
+
+    async def check_weights(self, manifest: WeightManifest) -> None:
+        assert not manifest.tensors
 
     async def close(self) -> None:
         self.state = "closed"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime_async.actors.episode import EpisodeBuilder, Turn, merge_spans
+from slime_async.actors.episode import EpisodeBuilder
+from slime_async.actors.turn import Turn, merge_spans
 from slime_async.trajectory import NOT_SAMPLED, TaskRef, VersionSpan
 from tests.actors.scripted import weights
 

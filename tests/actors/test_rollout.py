@@ -158,7 +158,7 @@ def test_a_failed_episode_is_counted_and_says_why(changes: dict[str, Any], where
 
 def test_a_dead_engine_fails_its_episodes_and_the_next_one_goes_on() -> None:
     rollout = make_rollout(ScriptedEngine([dead, says("12")]))
-    assert play(rollout) == RolloutFailure("EngineError: engine e0 died")
+    assert play(rollout) == RolloutFailure("EngineError: engine e0 died", "EngineError")
     assert isinstance(play(rollout), Trajectory)
 
 

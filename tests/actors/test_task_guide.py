@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from slime_async.actors.evaluate import EvaluationSummary, evaluate_source
+from slime_async.actors.judging import Group, Sample
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.sources import load_sources
-from slime_async.config.schema import Config, TaskConfig
+from slime_async.config.schema import Config, SourceConfig, TaskConfig
 from slime_async.objects import load_callable
 from slime_async.protocol import Reservation
 from slime_async.trajectory import TaskRef, Trajectory
@@ -70,3 +71,33 @@ def test_the_multi_turn_example_ends_when_guesses_run_out() -> None:
     trajectory = asyncio.run(plays.run(Reservation(TaskRef(0, "numbers", 20), sample=0, attempt=0)))
     assert isinstance(trajectory, Trajectory)
     assert (trajectory.reward, trajectory.finish_reason, len(engine.requests)) == (0.0, "out_of_guesses", 8)
+
+
+def test_the_example_with_branches_compares_solvers_with_solvers() -> None:
+    from slime_async.branches import branches, role_id
+
+    config = TaskConfig(generate="debate:generate", train={"words": SourceConfig(factory="debate:source")})
+    plays, _ = rollout(config, [says("1"), says("21"), says("1")])
+    trajectory = asyncio.run(plays.run(Reservation(TaskRef(0, "words", 12), sample=0, attempt=0)))
+    assert isinstance(trajectory, Trajectory)
+    found = branches(trajectory)
+    assert [branch.role for branch in found] == [role_id("solver"), role_id("solver"), role_id("critic")]
+    assert (trajectory.reward, [branch.final_reward for branch in found]) == (1.0, [1.0, 1.0, 1.0])
+    assert [branch.own_reward for branch in found] == [False, False, True]
+
+
+def test_the_example_of_a_group_reward_prefers_the_shortest_right_answer() -> None:
+    def sample(reward: float, tokens: int) -> Sample:
+        return Sample(("x",), "x", reward, "stop", tokens, {})
+
+    group = Group(None, (sample(1.0, 9), sample(1.0, 4), sample(0.0, 2)))
+    assert load_callable("shortest:group_reward", "task.group_reward")(group) == [1.0, 2.0, 0.0]
+    assert load_callable("shortest:keep", "task.filter")(group)
+
+
+def test_the_example_of_data_from_files_reads_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = [b for b in re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL) if "stories" in b]
+    source = load_sources(Config.model_validate(tomllib.loads(block)).task)["stories"]
+    assert source[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert source[0]["answer"].splitlines()[-1].startswith("#### ")

@@ -12,6 +12,7 @@ from slime_async.queue import Event, Snapshot, TaskStream, TrajectoryQueue
 from slime_async.queue.events import (
     Committed,
     GroupDropped,
+    GroupJudged,
     LearnerJoined,
     Leased,
     MadeDurable,
@@ -87,6 +88,28 @@ def test_snapshots_of_the_queue_itself_agree() -> None:
     assert violations(run) == []
 
 
+def judged_run() -> list[Event]:
+    """The honest run, and one more batch, of groups that a judge had its say on."""
+    verdicts: list[Event] = [GroupJudged(8, (5.0, 6.0)), GroupJudged(9, (0.0, 1.0)), GroupDropped(9, "filtered")]
+    groups = [*group(8), *group(9), *group(10), *verdicts, GroupJudged(10, (1.0, 1.0))]
+    return [*honest_run(), *groups, *batch(3, 8, 10)]
+
+
+def test_a_judges_rewards_are_those_that_the_metrics_must_have() -> None:
+    line = {**metrics_line(3, 8, 10), "reward_mean": 13.0 / 4}
+    report = audit(judged_run(), [*honest_metrics(), line], finished=True)
+    assert (report.violations, dict(report.dropped), report.trained) == ((), {"stale": 2, "filtered": 2}, 16)
+    text = violations(judged_run(), [*honest_metrics(), metrics_line(3, 8, 10)])
+    assert text[0].startswith("step 3 of the metrics is not batch 3: mean reward 9.125000 against 3.250000")
+
+
+def test_snapshots_keep_a_judges_rewards() -> None:
+    run = judged_run()
+    for at in range(len(run), len(honest_run()), -1):
+        run.insert(at, queue_state(run[:at]))
+    assert violations(run, finished=False) == []
+
+
 VIOLATIONS: dict[str, tuple[Callable[[list[Event]], object], str]] = {
     "lost in a snapshot": (
         lambda run: run.append(queue_state([event for event in run if event != accepted(7, 1)])),
@@ -112,9 +135,31 @@ VIOLATIONS: dict[str, tuple[Callable[[list[Event]], object], str]] = {
         lambda run: run.append(GroupDropped(5, "failed")),
         "dropped (failed) when already in batch 2: (5, 0), (5, 1)",
     ),
+    "judged twice": (
+        lambda run: run.extend([*group(8), GroupJudged(8, (0.0, 1.0)), GroupJudged(8, (1.0, 0.0))]),
+        "judged when already judged: (8, 0), (8, 1)",
+    ),
+    "judged too late": (
+        lambda run: run.append(GroupJudged(5, (0.0, 1.0))),
+        "judged when already in batch 2: (5, 0), (5, 1)",
+    ),
+    "judged in part": (
+        lambda run: run.append(GroupJudged(7, (0.0, 1.0))),
+        "judged with 2 rewards for 1 samples: (7, 1)",
+    ),
+    "judged out of nowhere": (
+        lambda run: run.append(GroupJudged(30, (0.0, 1.0))),
+        "group 30 was judged, but never opened",
+    ),
+    "a snapshot's rewards are others": (
+        lambda run: run.extend(
+            [*group(8), GroupJudged(8, (0.0, 1.0)), queue_state([*run, *group(8), GroupJudged(8, (1.0, 0.0))])]
+        ),
+        "a snapshot and the events before it disagree about rewards: (8, 0), (8, 1)",
+    ),
     "unknown reason": (
         lambda run: run.append(GroupDropped(7, "bored")),  # type: ignore[arg-type]
-        "dropped for 'bored', which is none of equal_rewards, failed, stale: (7, 1)",
+        "dropped for 'bored', which is none of equal_rewards, failed, filtered, stale: (7, 1)",
     ),
     "accepted twice": (lambda run: run.append(accepted(7, 1)), "accepted twice: (7, 1)"),
     "accepted after training": (

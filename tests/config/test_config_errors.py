@@ -49,6 +49,16 @@ FILES = [
         ["sampling.max_new_tokens = 64", "max_context_tokens = 64"],
     ),
     (
+        "overlong from the first token on",
+        "task.overlong_tokens = 65\nsampling.max_new_tokens = 64",
+        ["task.overlong_tokens = 65", "limit of 64"],
+    ),
+    (
+        "failed before it is truncated",
+        "sampling.truncate_after_s = 60\nactor.episode_timeout_s = 60",
+        ["sampling.truncate_after_s = 60", "actor.episode_timeout_s = 60"],
+    ),
+    (
         "queue below a batch",
         "batch = {groups = 4, group_size = 8, queue_trajectories = 31}",
         ["batch.queue_trajectories = 31", "32 trajectories", "batch.groups = 4 × batch.group_size = 8"],
@@ -155,8 +165,8 @@ def test_a_directory_or_binary_file_is_no_configuration(tmp_path: Path) -> None:
 
 
 def test_flags_win_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
-    config = load_config(_sound(tmp_path), {("run", "steps"): 7, ("sglang", "tp_size"): 2})
-    assert (config.run.steps, config.sglang, config.model.path) == (7, {"tp_size": 2}, "package.models:small")
+    config = load_config(_sound(tmp_path), {("run", "steps"): 7, ("megatron", "bf16"): True})
+    assert (config.run.steps, config.megatron, config.model.path) == (7, {"bf16": True}, "package.models:small")
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -176,6 +186,27 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return left | right | inner
 
 
-def test_an_engine_that_is_not_connected_yet_is_refused_and_not_replaced_silently(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"actor\.engine = 'sglang' is not connected"):
-        load_config(_sound(tmp_path), {("actor", "engine"): "sglang"})
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({("actor", "engine_urls"): ["http://a:1"]}, r"http://a:1.* name SGLang servers.*set actor\.engine = 'sglang'"),
+        ({("sglang", "tp_size"): 2}, r"\[sglang\] sets tp_size, but actor\.engine = 'embedded'"),
+        (
+            {("actor", "engine"): "sglang", ("actor", "engine_urls"): ["a:1"]},
+            r"'a:1' is no URL: write http://HOST:PORT",
+        ),
+        (
+            {("actor", "engine"): "sglang", ("actor", "engine_urls"): ["http://a:1"], ("actor", "count"): 2},
+            r"one actor, but actor\.count = 2",
+        ),
+        (
+            {("actor", "engine"): "sglang", ("run", "deterministic"): True, ("staleness", "max_staleness"): 0},
+            r"deterministic = true needs actor\.engine = 'embedded'",
+        ),
+    ],
+)
+def test_engines_that_cannot_be_had_together_are_refused(
+    settings: dict[tuple[str, ...], Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(_sound(tmp_path), settings)

@@ -14,6 +14,7 @@ from slime_async.protocol import (
     Commit,
     Deliver,
     Delivered,
+    Ejected,
     EngineInfo,
     Failed,
     GetStatus,
@@ -33,7 +34,7 @@ from slime_async.protocol import (
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import ConnectionLost
-from slime_async.transport.hub import Hub
+from slime_async.transport.hub import Hub, Judge
 from tests.transport.examples import make_trajectory
 
 DEADLINE_S = 60.0
@@ -42,9 +43,9 @@ WAIT_S = 10.0
 SOURCES = {"train": 100, "held-out": 3}
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
+def run(test: Coroutine[Any, Any, None], deadline_s: float = DEADLINE_S) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             await test
 
     asyncio.run(bounded())
@@ -136,7 +137,7 @@ class Actor(Player):
 
     async def handle(self, message: Message) -> Message | None:
         await super().handle(message)
-        return None if isinstance(message, Granted | Shutdown) else Ok()
+        return None if isinstance(message, Granted | Shutdown | Ejected) else Ok()
 
     async def granted(self, count: int) -> list[Reservation]:
         """Exactly so many: fewer wait, more fail."""
@@ -173,8 +174,9 @@ class Actor(Player):
         for reservation in reservations:
             assert await self.deliver(reservation, version) == "accepted"
 
-    async def fail(self, reservation: Reservation, reason: str) -> None:
-        assert await self.call(Failed(reservation.key, reservation.attempt, reason, reservation.evaluation)) == Ok()
+    async def fail(self, reservation: Reservation, reason: str, kind: str = "") -> None:
+        failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
+        assert await self.call(failed) == Ok()
 
 
 class Learner(Player):
@@ -187,10 +189,10 @@ class Learner(Player):
         assert await self.call(Published(WeightId(self.incarnation, version))) == Ok()
 
     async def lease(self, version: int, wait_s: float = WAIT_S) -> Message:
-        return await self.call(Lease(self.incarnation, version, wait_s))
+        return await self.client.call(Lease(self.incarnation, version, wait_s), wait_s + WAIT_S, retry=True)
 
-    async def leased(self, version: int) -> Batch:
-        batch = await self.lease(version)
+    async def leased(self, version: int, wait_s: float = WAIT_S) -> Batch:
+        batch = await self.lease(version, wait_s)
         assert isinstance(batch, Batch), batch
         assert batch.train_version == version
         return batch
@@ -230,8 +232,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(config: Config) -> AsyncIterator[Stage]:
-    hub = Hub(config, "run-1")
+async def stage(config: Config, judge: Judge | None = None) -> AsyncIterator[Stage]:
+    hub = Hub(config, "run-1", judge=judge)
     await hub.start()
     running = asyncio.create_task(hub.run())
     try:

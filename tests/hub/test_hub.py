@@ -10,6 +10,10 @@ from slime_async.protocol import (
     Commit,
     Drain,
     Durable,
+    Eject,
+    Ejected,
+    EngineInfo,
+    EnginesChanged,
     Evaluate,
     EvaluationResult,
     Finish,
@@ -237,6 +241,7 @@ def test_a_dead_actor_returns_its_reservations_to_the_living() -> None:
             await dying.start(held[0])
             heir = await hub.actor("heir")
             await heir.granted_nothing()
+            await learner.members(2)
             await dying.vanish()
             taken = await heir.granted(B)
             assert {(r.key, r.attempt) for r in taken} == {(r.key, r.attempt + 1) for r in held}
@@ -257,6 +262,34 @@ def test_the_learner_knows_every_engine_that_comes_and_goes() -> None:
             assert await learner.members(2) == (a.engine, b.engine)
             await a.client.close()
             assert await learner.members(1) == (b.engine,)
+
+    run(test())
+
+
+def test_the_learner_hears_of_engines_that_die_and_come_back_within_an_actor() -> None:
+    second_life = EngineInfo("a/engine.1", "a", 1)
+
+    async def test() -> None:
+        async with stage(make_config()) as hub:
+            learner, actor = await hub.learner(), await hub.actor("a")
+            assert await learner.members(1) == (actor.engine,)
+            await actor.client.note(EnginesChanged(()))
+            assert await learner.members(0) == ()
+            await actor.client.note(EnginesChanged((second_life,)))
+            assert await learner.members(1) == (second_life,)
+
+    run(test())
+
+
+def test_an_ejected_engine_is_no_member_any_more_and_its_actor_is_told() -> None:
+    async def test() -> None:
+        async with stage(make_config()) as hub:
+            learner, a, b = await hub.learner(), await hub.actor("a"), await hub.actor("b")
+            assert await learner.members(2) == (a.engine, b.engine)
+            assert await learner.call(Eject(a.engine, "no answer")) == Ok()
+            assert await learner.members(1) == (b.engine,)
+            assert await a.hears(Ejected) == Ejected("a/engine", "no answer")
+            assert await learner.call(Eject(a.engine, "once more")) == Ok()  # it is gone already
 
     run(test())
 

@@ -13,13 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from slime_async.audit import audit
 from slime_async.config import Config
 from slime_async.config.dump import dump_toml
+from slime_async.demo.tokenizer import make_tokenizer
 from slime_async.protocol import Batch, Commit, Drain, Evaluate, EvaluationResult, Finish, NotReady, Ok
+from slime_async.queue import TaskStream
+from slime_async.transport.journal import read_trail
+from tests.hub import judges
 from tests.hub.players import SOURCES, WAIT_S, Actor, Learner, make_config, run
 
 B = 4
 """Trajectories per batch of ``make_config()``"""
+JUDGE_WAIT_S = 60.0
+"""For a judge's process, which loads a tokenizer first"""
 
 
 class Process:
@@ -96,6 +103,58 @@ def test_a_restarted_hub_still_has_every_trajectory_that_it_accepted(tmp_path: P
             assert [t.key for t in (await learner.leased(1)).trajectories] == [r.key for r in granted[B:]]
 
     run(test())
+
+
+def judged_config(directory: Path) -> Config:
+    """Groups are judged once there is a file ``gate`` in ``directory``; tasks come in an order that looks random."""
+    make_tokenizer().save_pretrained(directory / "model")
+    source = {"factory": f"{judges.__name__}:source", "arguments": {"gate": str(directory / "gate")}}
+    task = {"train": {"train": source}, "shuffle": True}
+    functions = {"group_reward": f"{judges.__name__}:group_reward", "filter": f"{judges.__name__}:keep"}
+    plain = make_config(heartbeat_timeout_s=1.0).model_dump()
+    plain["task"] |= task | functions
+    plain["model"] |= {"path": str(directory / "model")}
+    return Config.model_validate(plain)
+
+
+def test_a_hub_killed_between_delivery_and_judgement_loses_neither(tmp_path: Path) -> None:
+    """Groups 0 to 3 are delivered, and the judge is on the first of them; it refuses 1. Another hub goes on, and dies
+    when they are judged and one batch is trained. The order of tasks goes on, too."""
+    config = judged_config(tmp_path)
+
+    async def test() -> None:
+        async with stage(tmp_path, config) as (hub, actor, learner):
+            granted = await actor.granted(2 * B)
+            for reservation in granted:
+                kept = float(reservation.key.task != 1)
+                assert await actor.deliver(reservation, reward=kept + 0.25 * reservation.sample) == "accepted"
+            waiting = await learner.lease(0, 0.1)
+            assert isinstance(waiting, NotReady)
+            assert "4 groups wait for their judge" in waiting.reason
+            await hub.restart()
+            (tmp_path / "gate").touch()
+            batch = await learner.leased(0, JUDGE_WAIT_S)
+            assert [t.task.serial for t in batch.trajectories] == [0, 0, 2, 2]
+            assert batch.rewards == (11.0, 11.25, 11.0, 11.25)
+            granted += await actor.granted(2)  # in the place of the group that was refused
+            await learner.commit(0)
+            actor.held = granted[-2:]
+            await hub.restart()
+            for reservation in granted[-2:]:
+                assert await actor.deliver(reservation, reward=2.0) == "accepted"
+            batch = await learner.leased(1, JUDGE_WAIT_S)
+            assert [t.task.serial for t in batch.trajectories] == [3, 3, 4, 4]
+            assert batch.rewards == (11.0, 11.25, 12.0, 12.0)
+            hub.kill()
+        report = audit(read_trail(tmp_path / "journal"), (), finished=False)
+        assert (report.violations, dict(report.dropped)) == ((), {"filtered": 2})
+        stream = TaskStream.from_config(config)
+        stream.declare_sources(SOURCES)
+        for first in granted[::2]:
+            assert stream.peek() == first.task
+            stream.advance(first.task.source)
+
+    run(test(), 4 * JUDGE_WAIT_S)
 
 
 def test_what_an_actor_still_works_on_is_granted_to_nobody_else_after_a_restart(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from slime_async.actors import single_turn
+from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.worker import Worker
-from slime_async.protocol import Finish, Ok, PrepareWeights, Relay, ResumeEngine
+from slime_async.protocol import Eject, EngineInfo, Finish, Ok, PrepareWeights, Relay, ResumeEngine, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.errors import RemoteError
 from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedProcess, says
@@ -35,7 +36,14 @@ def with_worker(test: Test, **batch: Any) -> None:
         async with stage(config) as hub:
             learner = await hub.learner()
             await learner.publish(0)
-            worker = asyncio.create_task(Worker(config, "w", engine, rollout).run(hub.hub.address))  # type: ignore[arg-type]
+
+            def make(engine_id: str) -> Any:
+                if "." in engine_id:  # the one engine plays its successor, too
+                    engine.engine_id, engine.state = engine_id, "new"
+                return engine
+
+            pool = EnginePool("w", [make])
+            worker = asyncio.create_task(Worker(config, "w", pool, rollout).run(hub.hub.address))
             try:
                 await test(hub, learner, engine, worker)
             finally:
@@ -72,9 +80,22 @@ def test_a_trajectory_that_the_hub_refuses_is_reported_as_failed_and_the_worker_
 def test_commands_for_an_engine_that_it_does_not_hold_are_refused() -> None:
     async def test(hub: Stage, learner: Learner, engine: ScriptedProcess, worker: asyncio.Task[None]) -> None:
         await learner.members(1)
-        assert await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1)), WAIT_S)) == Ok()
-        with pytest.raises(RemoteError, match="actor w holds engine scripted, not other"):
+        assert (
+            await learner.call(Relay("w", PrepareWeights("scripted", WeightId(1, 1), WeightManifest(())), WAIT_S))
+            == Ok()
+        )
+        with pytest.raises(RemoteError, match="actor w holds scripted, not other"):
             await learner.call(Relay("w", ResumeEngine("other"), WAIT_S))
+
+    with_worker(test)
+
+
+def test_an_ejected_engine_is_restarted_and_the_hub_hears_of_the_new_one() -> None:
+    async def test(hub: Stage, learner: Learner, engine: ScriptedProcess, worker: asyncio.Task[None]) -> None:
+        [info] = await learner.members(1)
+        assert await learner.call(Eject(info, "no answer")) == Ok()
+        assert await learner.members(0) == ()
+        assert await learner.members(1) == (EngineInfo("w/0.1", "w", 1),)
 
     with_worker(test)
 

@@ -170,7 +170,7 @@ def test_the_number_of_the_format_changes_with_the_events() -> None:
     classes = (*get_args(Event), TrajectoryMeta, TaskRef)
     layout = sorted((cls.__name__, [(field.name, field.type) for field in fields(cls)]) for cls in classes)
     digest = hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
-    assert (format_of.FORMAT_VERSION, digest) == (1, "aa162d786fb656a3"), "raise FORMAT_VERSION, and note both here"
+    assert (format_of.FORMAT_VERSION, digest) == (2, "0534d711702f9abb"), "raise FORMAT_VERSION, and note both here"
 
 
 def test_a_second_hub_is_refused(tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_a_needed_payload_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_another_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, 2)
-    monkeypatch.setattr(format_of, "FORMAT_VERSION", 2)
-    with pytest.raises(JournalVersionError, match="has format 1, this release reads format 2: carry the run on with"):
+    monkeypatch.setattr(format_of, "FORMAT_VERSION", 3)
+    with pytest.raises(JournalVersionError, match="has format 2, this release reads format 3: carry the run on with"):
         Journal.open(tmp_path)
 
 

@@ -95,6 +95,7 @@ def test_metrics_describe_the_batch() -> None:
         "reward_std": 0.5,
         "groups_with_equal_rewards": 2,
         "trajectories": 6,
+        "truncated_trajectories": 0,
         "batch_tokens": 4 * 4 + 5 + 3,
         "tokens_trained": 12,
         "sampled_tokens": 12,

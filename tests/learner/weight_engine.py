@@ -1,6 +1,6 @@
 """An engine that generates nothing: it takes weights over a real group, and answers grants at once.
 
-``weight_engine.py HUB NAME`` runs one as a process of its own.
+``weight_engine.py HUB NAME [HALT]`` runs one as a process of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 
 from slime_async.protocol import (
     Deliver,
+    Ejected,
     EngineInfo,
+    EnginesChanged,
     Granted,
     Hello,
     JoinWeightGroup,
@@ -25,10 +27,12 @@ from slime_async.protocol import (
     Reservation,
     ResumeEngine,
     Shutdown,
+    WeightManifest,
 )
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import RemoteError
+from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError
 from tests.transport.examples import make_trajectory
 
@@ -37,13 +41,23 @@ IN_FLIGHT = 3
 
 
 class WeightEngine:
-    """One actor and its engine. ``refuse`` makes it refuse every broadcast, as for tensors of a wrong shape."""
+    """One actor and its engine.
+
+    It refuses the first ``refusals`` commands of the kind ``refused``, a broadcast before it takes part in it, as a
+    server does that answers with an HTTP error. It halts for ever, and says so on stdout, at the point ``halt``: the
+    name of a command, ``half``-way through a broadcast, or once it has ``taken`` one. An engine that is ejected comes
+    back under a new id, healed.
+    """
 
     client: HubClient
 
-    def __init__(self, name: str, *, refuse: bool = False) -> None:
+    def __init__(
+        self, name: str, *, refusals: int = 0, refused: str = "ReceiveWeights", halt: str = "", ranks: int = 1
+    ) -> None:
+        self._ranks = ranks
         self.name = name
-        self.refuse = refuse
+        self.engine_id = f"{name}/engine"
+        self._refusals, self._refused, self._halt = refusals, refused, halt
         self.weights: WeightId | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.heard: list[str] = []
@@ -52,10 +66,13 @@ class WeightEngine:
         self._deliveries: set[asyncio.Task[Any]] = set()
 
     async def join(self, address: str) -> Self:
-        engine = EngineInfo(f"{self.name}/engine", self.name, 1)
-        hello = Hello("actor", self.name, slots=8, engines=(engine,), sources={"train": 100})
+        hello = Hello("actor", self.name, slots=8, engines=(self._info,), sources={"train": 100})
         self.client = await HubClient.connect(address, hello, handler=self.handle)
         return self
+
+    @property
+    def _info(self) -> EngineInfo:
+        return EngineInfo(self.engine_id, self.name, self._ranks)
 
     async def holds(self, version: int) -> None:
         while self.weights is None or self.weights.version < version:
@@ -70,7 +87,15 @@ class WeightEngine:
     async def handle(self, message: Message) -> Message | None:
         if not isinstance(message, Granted | Shutdown):
             self.heard.append(type(message).__name__)
+            await self._maybe_halt(type(message).__name__)
+        if self._refusals and type(message).__name__ == self._refused:
+            self._refusals -= 1
+            raise ValueError("lm_head has another shape here")
         match message:
+            case Ejected():
+                self.engine_id, self._halt = f"{self.name}/engine.1", ""
+                await self.client.note(EnginesChanged((self._info,)))
+                return None
             case Shutdown():
                 return None
             case Granted():
@@ -93,15 +118,28 @@ class WeightEngine:
         return Ok()
 
     async def _receive(self, message: ReceiveWeights) -> Received:
-        assert self._group is not None
-        if self.refuse:
-            raise ValueError("lm_head has another shape here")
-        self.tensors = await asyncio.to_thread(self._group.receive, message.manifest)
+        if self._halt == "half":
+            assert self._group is not None
+            await asyncio.to_thread(self._group.receive, WeightManifest(message.manifest.tensors[:1]))
+        await self._maybe_halt("half")
+        if message.shared:
+            pairs = zip(message.manifest.tensors, message.shared, strict=True)
+            self.tensors = {spec.name: open_tensor(spec, shared).clone() for spec, shared in pairs}
+        else:
+            assert self._group is not None
+            self.tensors = await asyncio.to_thread(self._group.receive, message.manifest)
+        await self._maybe_halt("taken")
         self.weights = message.weights
         self.changed.set()
         return Received(IN_FLIGHT)
 
+    async def _maybe_halt(self, point: str) -> None:
+        if point == self._halt:
+            print(f"halted at {point}", flush=True)
+            await asyncio.Event().wait()
+
     async def _deliver(self, reservation: Reservation) -> None:
+        await self.holds(0)
         assert self.weights is not None
         trajectory = make_trajectory(
             sample=reservation.sample, task=reservation.task, spans=(VersionSpan(2, self.weights),)
@@ -109,12 +147,12 @@ class WeightEngine:
         await self.client.call(Deliver(trajectory), 10.0)
 
 
-async def main(address: str, name: str) -> None:
-    engine = await WeightEngine(name).join(address)
+async def main(address: str, name: str, halt: str) -> None:
+    engine = await WeightEngine(name, halt=halt).join(address)
     await engine.client.wait_closed()
 
 
 PHASES = [PauseEngine.__name__, ReceiveWeights.__name__, ResumeEngine.__name__]
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2]))
+    asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else ""))

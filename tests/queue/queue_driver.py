@@ -22,6 +22,7 @@ def make_limits(
     trajectory_bytes: int = 1 << 10,
     max_attempts: int = 3,
     drop_equal_rewards: bool = False,
+    judge_groups: bool = False,
 ) -> QueueLimits:
     return QueueLimits(
         group_size=group_size,
@@ -33,6 +34,7 @@ def make_limits(
         max_trajectory_bytes=trajectory_bytes,
         max_attempts=max_attempts,
         drop_equal_rewards=drop_equal_rewards,
+        judge_groups=judge_groups,
     )
 
 

@@ -84,3 +84,29 @@ def test_a_new_learner_starts_its_evaluations_anew() -> None:
     (new,) = drive.grant(1)
     assert new.key != old.key
     assert drive.queue.outstanding("a") == 1
+
+
+def test_an_evaluation_takes_no_more_than_its_share_of_an_actors_slots() -> None:
+    drive = Driver(make_limits())
+    drive.queue.evaluate("v4", "held-out", 3, drive.tick(), samples=4, share=0.25)
+    granted = drive.queue.grant("a", 8, drive.tick(), 8)
+    assert [r.evaluation for r in granted] == ["v4", "v4", *[""] * 6]
+    assert drive.queue.grant("a", 1, drive.tick(), 8)[0].evaluation == "", "training goes on"
+    drive.deliver(granted[0])
+    assert [r.evaluation for r in drive.queue.grant("a", 2, drive.tick(), 8)] == ["v4", ""]
+    assert len(drive.queue.grant("tiny", 3, drive.tick(), 3)) >= 1
+    drive.queue.evaluate("after", "held-out", 3, drive.tick())
+    assert sum(r.evaluation != "" for r in drive.queue.grant("b", 9, drive.tick(), 9)) == 9, "a whole share is whole"
+
+
+def test_several_answers_per_task_come_back_by_task() -> None:
+    drive = Driver(make_limits(max_attempts=1))
+    drive.queue.evaluate("v4", "held-out", 2, drive.tick(), samples=2)
+    granted = drive.grant(4)
+    assert [(r.task.index, r.sample) for r in granted] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for reservation, reward in zip(reversed(granted[1:]), (0.25, 0.5, 0.75), strict=True):
+        assert drive.deliver(reservation, reward=reward) == "accepted"
+    drive.fail(granted[0])
+    assert drive.queue.evaluation_result("v4") == EvaluationResult("v4", (0.75, 0.5, 0.25), 1, (0,), (1, 2))
+    with pytest.raises(ValueError, match="at least one sample"):
+        drive.queue.evaluate("v5", "held-out", 2, drive.tick(), samples=0)

@@ -59,6 +59,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.accepted: set[TrajectoryKey] = set()
         self.released: set[TrajectoryKey] = set()
         self.metas: dict[TrajectoryKey, TrajectoryMeta] = {}
+        self.verdicts: dict[int, tuple[float, ...]] = {}
+        """The rewards that a judge gave, by group"""
         self.leases: dict[int, LeasedBatch] = {}
         """By version, in the lineage of the present weights"""
         self.incarnation = 1
@@ -77,8 +79,21 @@ class QueueMachine(RuleBasedStateMachine):
         max_attempts=st.integers(1, 3),
         epochs=st.sampled_from([None, None, 2]),
         filtered=st.booleans(),
+        judged=st.booleans(),
     )
-    def build(self, group_size, groups, eta, on_stale, extra_trajectories, extra_bytes, max_attempts, epochs, filtered):  # type: ignore[no-untyped-def]
+    def build(  # type: ignore[no-untyped-def]
+        self,
+        group_size,
+        groups,
+        eta,
+        on_stale,
+        extra_trajectories,
+        extra_bytes,
+        max_attempts,
+        epochs,
+        filtered,
+        judged,
+    ):
         batch = group_size * groups
         self.limits = make_limits(
             group_size=group_size,
@@ -90,6 +105,7 @@ class QueueMachine(RuleBasedStateMachine):
             trajectory_bytes=MAX_BYTES,
             max_attempts=max_attempts,
             drop_equal_rewards=filtered and group_size > 1,
+            judge_groups=judged,
         )
         self.epochs = epochs
         self.queue = TrajectoryQueue(self.limits, self.new_stream())
@@ -172,6 +188,17 @@ class QueueMachine(RuleBasedStateMachine):
         assert batch.min_version == (None if self.limits.on_stale == "train" else bound)
         others = {key for version, b in self.leases.items() if version != batch.train_version for key in b.keys}
         assert others.isdisjoint(batch.keys)
+        serials = tasks[:: self.limits.group_size]
+        verdicts = (
+            [reward for serial in serials for reward in self.verdicts[serial]] if self.limits.judge_groups else []
+        )
+        assert list(batch.rewards) == verdicts
+
+    def judge_all(self) -> None:
+        """Kept, with rewards that differ."""
+        for serial in self.queue.groups_to_judge():
+            self.verdicts[serial] = tuple(float(sample) for sample in range(self.limits.group_size))
+            self.queue.judge(serial, self.verdicts[serial], True, self.tick())
 
     def lease(self) -> LeasedBatch | None:
         """Lease the next version; None while there is no batch."""
@@ -184,8 +211,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert answer == self.queue.lease(self.incarnation, version, self.tick())
         if answer.retrained:
             first = self.leases[version]
-            assert (answer.keys, answer.staleness, answer.min_version) == (
+            assert (answer.keys, answer.rewards, answer.staleness, answer.min_version) == (
                 first.keys,
+                first.rewards,
                 first.staleness,
                 first.min_version,
             )
@@ -251,6 +279,32 @@ class QueueMachine(RuleBasedStateMachine):
         self.lost += self.running[actor]
         self.running[actor] = []
 
+    # -------------------------------------------------------------------------------------------------- judge
+
+    @precondition(lambda self: self.queue.groups_to_judge())
+    @rule(
+        data=st.data(),
+        verdict=st.sampled_from(["keep", "keep", "keep", "refuse", "fail"]),
+        reward=st.sampled_from([0.0, 0.5]),
+        spread=st.sampled_from([0.0, 1.0]),
+    )
+    def judge(self, data: st.DataObject, verdict: str, reward: float, spread: float) -> None:
+        """Any complete group, once; telling the same again changes nothing."""
+        serial = data.draw(st.sampled_from(self.queue.groups_to_judge()))
+        keys = {TrajectoryKey(serial, sample) for sample in range(self.limits.group_size)}
+        assert keys <= self.accepted - self.released
+        assert serial not in self.verdicts
+        self.verdicts[serial] = tuple(reward + spread * sample for sample in range(self.limits.group_size))
+        for _ in range(2):
+            if verdict == "fail":
+                self.queue.give_up_group(serial, "raised", self.tick())
+            else:
+                self.queue.judge(serial, self.verdicts[serial], verdict == "keep", self.tick())
+        self.drain()
+        equal = self.limits.drop_equal_rewards and not spread
+        assert (keys <= self.released) == (verdict != "keep" or equal)
+        assert serial not in self.queue.groups_to_judge()
+
     # ------------------------------------------------------------------------------------------------ learner
 
     @precondition(lambda self: self.statistics().leased < 2 * self.limits.batch)
@@ -293,6 +347,7 @@ class QueueMachine(RuleBasedStateMachine):
     def hub_restarts(self, snapshot: bool, plain: bool, returning: set[str]) -> None:
         self.drain()
         before = self.queue.state(), [getattr(self.statistics(), name) for name in DURABLE_COUNTS]
+        unjudged = self.queue.groups_to_judge()
         if snapshot:
             self.journal = [self.queue.state()]
         if plain:
@@ -301,6 +356,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.take_released()
         assert self.queue.take_events() == ()
         assert (self.queue.state(), [getattr(self.statistics(), name) for name in DURABLE_COUNTS]) == before
+        assert self.queue.groups_to_judge() == unjudged
         for actor in ACTORS:
             if actor not in returning:
                 self.lost += self.running[actor]
@@ -322,10 +378,10 @@ class QueueMachine(RuleBasedStateMachine):
         after = self.statistics()
         assert (after.pacing, after.held) == (before.pacing, before.held)
 
-    @rule(number=st.integers(1, 2), tasks=st.integers(1, 4))
-    def evaluate(self, number: int, tasks: int) -> None:
+    @rule(number=st.integers(1, 2), tasks=st.integers(1, 4), samples=st.integers(1, 2))
+    def evaluate(self, number: int, tasks: int, samples: int) -> None:
         before = self.statistics()
-        self.queue.evaluate(f"{number}/{tasks}", "held-out", tasks, self.tick())
+        self.queue.evaluate(f"{number}/{tasks}/{samples}", "held-out", tasks, self.tick(), samples=samples)
         assert self.statistics().pacing == before.pacing
 
     @rule(versions=st.integers(1, 4), straggling=st.integers(0, 2))
@@ -337,6 +393,7 @@ class QueueMachine(RuleBasedStateMachine):
             while self.running["a"]:
                 held = self.running["a"].pop()
                 self.deliver_to_queue(held, "a", 2, 20, float(held[0].sample))
+            self.judge_all()
             if self.statistics().leased or self.lease() is not None:
                 self.commit()
                 self.queue.publish(self.incarnation, self.queue.trained_version, self.tick())
@@ -353,6 +410,7 @@ class QueueMachine(RuleBasedStateMachine):
                 self.commit()
                 continue
             self.queue.publish(self.incarnation, self.queue.trained_version, self.tick())
+            self.judge_all()
             if self.lease() is not None:
                 return
             version = self.queue.trained_version

@@ -19,6 +19,7 @@ SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False),
     str: TEXTS,
     bool: st.booleans(),
+    bytes: st.binary(max_size=80),
 }
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from slime_async.transport.coders import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt, JournalVersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the bytes here and of the events in them; a test fails when events change and this does not"""
 
 Kind = Literal["events", "payloads"]

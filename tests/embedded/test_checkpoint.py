@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from slime_async.actors.embedded.checkpoint import read_config, read_tensors
 from slime_async.actors.embedded.engine import EmbeddedEngine
-from tests.engine.reference import Checkpoints, tensors_of
+from tests.contract.reference import Checkpoints, tensors_of
 
 
 def write_config(directory: Path, checkpoint: Path, **changes: Any) -> Path:

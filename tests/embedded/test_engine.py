@@ -1,9 +1,8 @@
-"""The engine contract, third part: an engine that ends takes nobody with it silently."""
+"""What only the embedded engine has: a decode thread that may die, groups left in the middle, slots that are fixed."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 
@@ -11,12 +10,11 @@ from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.embedded.scheduler import Scheduler
 from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError, WeightGroupTimeoutError, host_group
-from tests.engine.reference import (
+from tests.contract.reference import (
     NEW,
     OLD,
     Checkpoints,
     Learner,
-    MakeEngine,
     ask,
     eventually,
     prompt,
@@ -24,49 +22,6 @@ from tests.engine.reference import (
     serving,
     tensors_of,
 )
-
-
-def test_close_ends_open_requests_and_refuses_later_ones(make_engine: MakeEngine, checkpoints: Checkpoints) -> None:
-    async def test() -> None:
-        engine = make_engine(checkpoints(), engine_id="east-3", weights=OLD, slots=1, max_context=8192)
-        async with serving(engine):
-            requests = [asyncio.ensure_future(engine.generate(ask(prompt(4), 8000))) for _ in range(3)]
-            await eventually(engine, lambda s: (s.running_requests, s.waiting_requests) == (1, 2))
-        for outcome in await asyncio.gather(*requests, return_exceptions=True):
-            assert isinstance(outcome, EngineError)
-            assert "east-3 was closed" in str(outcome)
-        for call in (engine.generate(ask(prompt(4))), engine.pause(PauseMode.ABORT), engine.status()):
-            with pytest.raises(EngineError, match="east-3"):
-                await call
-        await engine.close()  # once more does no harm
-
-    run(test())
-
-
-def test_an_engine_that_was_not_started_says_so(make_engine: MakeEngine, checkpoints: Checkpoints) -> None:
-    async def test() -> None:
-        engine = make_engine(checkpoints(), weights=OLD, slots=1, max_context=64)
-        with pytest.raises(EngineError, match="start it first"):
-            await engine.generate(ask(prompt(4)))
-        await engine.close()
-
-    run(test())
-
-
-def test_a_checkpoint_without_weights_fails_the_start_by_the_files_name(
-    make_engine: MakeEngine, checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text((checkpoints() / "config.json").read_text())
-
-    async def test() -> None:
-        engine = make_engine(tmp_path, weights=OLD, slots=1, max_context=64)
-        with pytest.raises(EngineError, match=r"model\.safetensors does not exist"):
-            await engine.start()
-        with pytest.raises(EngineError):
-            await engine.generate(ask(prompt(4)))
-        await engine.close()
-
-    run(test())
 
 
 def test_a_dead_decode_thread_fails_open_and_later_calls_with_its_cause(

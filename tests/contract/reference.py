@@ -6,8 +6,9 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +24,28 @@ from slime_async.transport.weight_group import WeightGroup, host_group
 MakeEngine = Callable[..., Engine]
 Checkpoints = Callable[..., Path]
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 """Of a whole test, reached only when something is broken"""
 VOCAB = 33
 OLD, NEW = WeightId(0, 3), WeightId(0, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One implementation of ``Engine``, and what may be expected of it."""
+
+    name: str
+    make: MakeEngine
+    """Takes a checkpoint and ``slots``, ``max_context``, ``weights``, ``engine_id``, ``overlap``"""
+    seeded: bool = True
+    """Answers depend on seeds, and on nothing else besides weights and prompt"""
+    tolerance: float = 1e-4
+    """Of log-probabilities, against those of transformers in fp32"""
+    unreported_tokens: int = 0
+    """May have been sampled, but not been handed over yet"""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    device: str = "cpu"
+    """Where the learner's tensors lie"""
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -114,8 +133,8 @@ def _logits(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ weights
 
 
-def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "model.safetensors")
+def tensors_of(checkpoint: Path, device: str = "cpu") -> dict[str, Tensor]:
+    return load_file(checkpoint / "model.safetensors", device=device)
 
 
 class Learner:
@@ -126,8 +145,12 @@ class Learner:
 
     @classmethod
     @asynccontextmanager
-    async def joined_by(cls, engine: Engine, epoch: int = 1) -> AsyncIterator[Learner]:
-        spec, store = host_group("weights", epoch, 1 + engine.num_ranks, "gloo", timeout_s=10.0)
+    async def joined_by(
+        cls, engine: Engine, epoch: int = 1, backend: Literal["gloo", "nccl"] = "gloo"
+    ) -> AsyncIterator[Learner]:
+        """The epoch is part of the group's name, which a server knows for as long as it lives."""
+        name = f"weights-{uuid.uuid4().hex[:8]}"
+        spec, store = host_group(name, epoch, 1 + engine.num_ranks, backend, timeout_s=20.0)
         group, _ = await asyncio.gather(
             asyncio.to_thread(WeightGroup.create, spec, 0), engine.join_weight_group(spec, 1)
         )
@@ -144,6 +167,7 @@ class Learner:
 
     async def broadcast(self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId) -> None:
         """Raises what the engine raises."""
+        await engine.check_weights(self.manifest(tensors))
         receiving: Awaitable[None] = engine.receive_weights(self.manifest(tensors), weights)
         sent, received = await asyncio.gather(
             asyncio.to_thread(self.group.send, tensors.items()), receiving, return_exceptions=True

@@ -1,0 +1,1 @@
+"""Environments that need no download: each is one file, to be used as it is or read as an example."""

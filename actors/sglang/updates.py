@@ -1,0 +1,118 @@
+"""How new weights get into one SGLang server: group membership, update sessions, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from slime_async.actors.engine import EngineError
+from slime_async.actors.sglang.client import EngineRefused, SGLangClient
+from slime_async.actors.sglang.versions import Features
+from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
+from slime_async.transport.shared_tensors import reduction
+
+log = logging.getLogger(__name__)
+
+CONTROL_TIMEOUT_S = 30.0
+"""For calls that the server answers between two steps"""
+LEAVE_TIMEOUT_S = 5.0
+"""For leaving a group that may be broken"""
+
+
+OPEN_TIMEOUT_S = 120.0
+"""For copying weights out of shared memory, on the CPU too"""
+
+
+class ServerStuck(EngineError):
+    """The server went into a collective and did not come back: only its end frees it."""
+
+
+class WeightUpdates:
+    """The weight group of one server. One call at a time."""
+
+    def __init__(self, client: SGLangClient, features: Features, name: str) -> None:
+        self._client = client
+        self._features = features
+        self._name = name
+        self._group = ""
+        self._timeout_s = 0.0
+
+    async def join(self, spec: WeightGroupSpec, rank_offset: int) -> None:
+        """Returns when all have joined. Raises ``EngineRefused``, or ``ServerStuck`` at the group's deadline."""
+        await self.leave()
+        body = {
+            "master_address": spec.master_address,
+            "master_port": spec.master_port,
+            "rank_offset": rank_offset,
+            "world_size": spec.world_size,
+            "group_name": spec.name,
+            "backend": spec.backend,
+        }
+        await self._collective("/init_weights_update_group", body, spec.timeout_s)
+        self._group, self._timeout_s = spec.name, spec.timeout_s
+
+    async def leave(self) -> None:
+        """Leave the group, if the server is in one. A server that cannot will not join another in time, either."""
+        group, self._group = self._group, ""
+        if not group:
+            return
+        try:
+            await self._client.post("/destroy_weights_update_group", {"group_name": group}, LEAVE_TIMEOUT_S)
+        except EngineError as error:
+            log.warning("%s could not leave weight group %s: %s", self._name, group, error)
+
+    async def broadcast(self, manifest: WeightManifest, label: str, *, flush: bool) -> None:
+        """Take part in one broadcast, one collective per tensor in the manifest's order.
+
+        Raises ``EngineError`` outside a group; ``EngineRefused`` where the server has taken nothing or half of it and
+        lives; ``ServerStuck`` where it does not return.
+        """
+        if not self._group:
+            raise EngineError(f"{self._name} is in no weight group: join one before receiving weights")
+        body = {
+            "names": [tensor.name for tensor in manifest.tensors],
+            "dtypes": [tensor.dtype for tensor in manifest.tensors],
+            "shapes": [list(tensor.shape) for tensor in manifest.tensors],
+            "group_name": self._group,
+        }
+        await self._update("/update_weights_from_distributed", body, label, flush=flush, timeout_s=self._timeout_s)
+
+    async def open_shared(
+        self, manifest: WeightManifest, shared: Sequence[SharedTensor], label: str, *, flush: bool
+    ) -> None:
+        """Take tensors out of memory that the learner shares with this machine's processes.
+
+        SGLang wants them as torch pickles them between processes: a list of (name, tensor), in base64.
+        """
+        named = [(spec.name, reduction(spec, tensor)) for spec, tensor in zip(manifest.tensors, shared, strict=True)]
+        text = base64.b64encode(pickle.dumps(named)).decode()
+        body = {"serialized_named_tensors": [text]}
+        await self._update("/update_weights_from_tensor", body, label, flush=flush, timeout_s=OPEN_TIMEOUT_S)
+
+    async def _update(self, path: str, body: dict[str, Any], label: str, *, flush: bool, timeout_s: float) -> None:
+        body |= {"weight_version": label, "flush_cache": flush, "abort_all_requests": False}
+        if self._features.sessions:
+            await self._client.post("/begin_weight_update", {}, CONTROL_TIMEOUT_S)
+        try:
+            await self._collective(path, body, timeout_s)
+        except EngineRefused:
+            if self._features.sessions:  # a session left open would refuse every later one
+                await self._client.post("/end_weight_update", {}, CONTROL_TIMEOUT_S)
+            raise
+        if self._features.sessions:
+            await self._client.post("/end_weight_update", {}, CONTROL_TIMEOUT_S)
+
+    async def _collective(self, path: str, body: dict[str, Any], timeout_s: float) -> None:
+        """A call in which the server waits for others."""
+        try:
+            await self._client.post(path, body, timeout_s)
+        except EngineRefused:
+            raise
+        except EngineError as error:
+            raise ServerStuck(str(error)) from error
+        except asyncio.CancelledError as error:  # whoever waited gave up; the server goes on waiting
+            raise ServerStuck(f"{self._name}: {path} was given up") from error

@@ -1,0 +1,55 @@
+"""Models of a given shape with random weights, for benchmarks that move weights and do not look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from slime_async.config import Config
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+}
+POSITIONS = 8192
+SUPPORTED_GPU_ARGUMENTS = {
+    "dtype": "bfloat16",
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "max_running_requests": 128,
+}
+"""Kernels that come with torch and triton alone"""
+
+
+def write_random_checkpoint(directory: Path, shape: str, device: str) -> None:
+    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=POSITIONS, tie_word_embeddings=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(directory)
+
+
+def make_config(checkpoint: Path, shape: str) -> Config:
+    """The least that a trainer needs."""
+    dtype = "float32" if shape == "tiny" else "bfloat16"
+    return Config.model_validate({"model": {"path": str(checkpoint), "dtype": dtype}})

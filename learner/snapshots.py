@@ -1,0 +1,185 @@
+"""Weights on their way out: converted to Hugging Face tensors in buffers of their own, while they are being sent.
+
+::
+
+    training loop          publisher                 buffers A   buffers B
+    begin(v) ─ publish ──► takes v as current            v          v − 1
+    fill(v): bucket 0 ───► broadcasts bucket 0           …
+             bucket 1 ───► broadcasts bucket 1
+    next step …            resume
+
+There are two sets of buffers, used in turn and never given back: one holds the current weights, which a late engine may
+still ask for, the other takes the next. A set is free when the publisher has taken the snapshot after its own, which
+``Publisher.publish`` waits for; so publish first, then fill.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slime_async.protocol import TensorSpec, WeightManifest
+from slime_async.trajectory import WeightId
+from slime_async.transport.weight_group import torch_dtype
+
+BUCKET_BYTES = 1 << 30
+"""What is converted before the first byte is sent; tensors are broadcast one by one all the same"""
+ALIGNMENT_BYTES = 256
+"""Of every tensor in a buffer, as CUDA's allocator gives it"""
+
+Place = Callable[[TensorSpec], Tensor]
+"""Where a tensor is to be written"""
+Export = Callable[[Place], Iterator[tuple[str, Tensor]]]
+"""Writes every tensor of the manifest to its place, in order"""
+
+
+class FillError(Exception):
+    """A snapshot did not get its contents."""
+
+
+class Filling:
+    """How far a snapshot is filled. One thread fills, another follows."""
+
+    def __init__(self, total: int, filled: int = 0) -> None:
+        self._changed = threading.Condition()
+        self._total = total
+        self._filled = filled
+        self._events: list[tuple[int, torch.cuda.Event | None]] = []
+        self._problem = ""
+
+    def advance(self, filled: int, event: torch.cuda.Event | None) -> None:
+        """The first ``filled`` tensors are complete, on CUDA once ``event`` has happened."""
+        with self._changed:
+            self._filled = filled
+            self._events.append((filled, event))
+            self._changed.notify_all()
+
+    def fail(self, problem: str) -> None:
+        with self._changed:
+            self._problem = problem
+            self._changed.notify_all()
+
+    def wait(self, count: int, timeout_s: float) -> torch.cuda.Event | None:
+        """Until ``count`` tensors are filled. Raises ``FillError`` when that fails or takes longer."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._filled >= count or self._problem, timeout_s):
+                raise FillError(f"only {self._filled} of {self._total} tensors were converted within {timeout_s:g} s")
+            if self._filled < count:
+                raise FillError(f"converting the weights failed: {self._problem}")
+            return next((event for filled, event in self._events if filled >= count), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Whole Hugging Face tensors that nobody writes to any more once they are filled, in sending order."""
+
+    weights: WeightId
+    manifest: WeightManifest
+    tensors: tuple[Tensor, ...]
+    filling: Filling | None = None
+    """None: complete from the beginning"""
+
+    def arriving(self, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as they are filled; on CUDA the current stream waits, not the caller."""
+        for i, (spec, tensor) in enumerate(zip(self.manifest.tensors, self.tensors, strict=True)):
+            if self.filling is not None and (event := self.filling.wait(i + 1, timeout_s)) is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(event)
+            yield spec.name, tensor
+
+    def wait_begun(self, timeout_s: float) -> None:
+        """Until there is something to send."""
+        if self.filling is not None:
+            self.filling.wait(1, timeout_s)
+
+    def wait_filled(self, timeout_s: float) -> None:
+        """Until all is there, on CUDA too."""
+        if self.filling is not None and (event := self.filling.wait(len(self.tensors), timeout_s)) is not None:
+            event.synchronize()
+
+
+@dataclass(slots=True)
+class WeightBuffers:
+    """One set of large flat buffers, and in them a view for each tensor of the manifest."""
+
+    tensors: tuple[Tensor, ...]
+    ends: tuple[int, ...]
+    """For each bucket, how many tensors it and those before it hold"""
+
+    @classmethod
+    def allocate(cls, manifest: WeightManifest, device: torch.device, bucket_bytes: int) -> WeightBuffers:
+        tensors: list[Tensor] = []
+        ends: list[int] = []
+        for bucket in _buckets(manifest, bucket_bytes):
+            flat = torch.empty(sum(map(_room, bucket)), dtype=torch.uint8, device=device)
+            start = 0
+            for spec in bucket:
+                size = math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+                tensors.append(flat[start : start + size].view(torch_dtype(spec.dtype)).view(spec.shape))
+                start += _room(spec)
+            ends.append(len(tensors))
+        return cls(tuple(tensors), tuple(ends))
+
+
+@dataclass(slots=True)
+class Snapshots:
+    """Makes the source rank's snapshots, in two sets of buffers."""
+
+    manifest: WeightManifest
+    device: torch.device
+    bucket_bytes: int = BUCKET_BYTES
+    _sets: list[WeightBuffers] = field(default_factory=list)
+    _taken: int = 0
+
+    def begin(self, weights: WeightId) -> Snapshot:
+        """A snapshot to be published at once, and filled after that."""
+        if len(self._sets) < 2:
+            self._sets.append(WeightBuffers.allocate(self.manifest, self.device, self.bucket_bytes))
+        buffers = self._sets[self._taken % 2]
+        self._taken += 1
+        return Snapshot(weights, self.manifest, buffers.tensors, Filling(len(buffers.tensors)))
+
+    def fill(self, snapshot: Snapshot, export: Export) -> None:
+        """Write the weights as they are now; on CUDA this only queues the work."""
+        assert snapshot.filling is not None
+        buffers = next(held for held in self._sets if held.tensors is snapshot.tensors)
+        ends = set(buffers.ends)
+        places = dict(zip((spec.name for spec in self.manifest.tensors), buffers.tensors, strict=True))
+        try:
+            for count, _ in enumerate(export(lambda spec: places[spec.name]), 1):
+                if count in ends:
+                    snapshot.filling.advance(count, _mark(self.device))
+        except BaseException as error:
+            snapshot.filling.fail(str(error))
+            raise
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _room(spec: TensorSpec) -> int:
+    size = math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _buckets(manifest: WeightManifest, bucket_bytes: int) -> Iterator[list[TensorSpec]]:
+    """Consecutive tensors, each bucket as large as fits; a tensor that is larger than that has one for itself."""
+    bucket: list[TensorSpec] = []
+    size = 0
+    for spec in manifest.tensors:
+        if bucket and size + _room(spec) > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(spec)
+        size += _room(spec)
+    if bucket:
+        yield bucket

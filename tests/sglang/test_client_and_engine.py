@@ -1,0 +1,325 @@
+"""The SGLang engine against a scripted web server: what it asks, and what it makes of answers that go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from slime_async.actors.engine import EngineError, GenerateRequest, PauseMode, SamplingParams
+from slime_async.actors.sglang.client import EngineRefused
+from slime_async.actors.sglang.engine import SGLangEngine
+from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
+from slime_async.trajectory import VersionSpan, WeightId
+
+DEADLINE_S = 20.0
+OLD, NEW = WeightId(1, 3), WeightId(1, 4)
+SPEC = WeightGroupSpec("weights-1", 1, "127.0.0.1", 1, 2, "gloo", 0.2)
+MANIFEST = WeightManifest((TensorSpec("x", "float32", (2,)),))
+Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Answers ``/generate`` with ``events``, each after ``step`` is set free once; everything else with ``ok``."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.keys: dict[str, str] = {}
+        self.events: list[dict[str, Any] | str] = []
+        self.answers: dict[str, Respond] = {}
+        self.version = "0.5.23"
+        self.url = ""
+
+    async def respond(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json() if request.can_read_body else {}
+        self.calls.append((request.path, body))
+        self.keys[request.path] = request.headers.get("Authorization", "")
+        if request.path in self.answers:
+            return await self.answers[request.path](request)
+        if request.path == "/server_info":
+            return web.json_response({"version": self.version, "tp_size": 2, "disable_overlap_schedule": True})
+        if request.path == "/generate":
+            return await self._stream(request)
+        return web.json_response({"success": True, "message": "ok"})
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for event in self.events:
+            text = event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n"
+            for i in range(0, len(text), 50_000):  # events are cut anywhere
+                await response.write(text[i : i + 50_000].encode())
+        return response
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls if path not in ("/ready", "/server_info")]
+
+
+@asynccontextmanager
+async def serving(checkpoint: Path, **options: Any) -> AsyncIterator[tuple[Server, SGLangEngine]]:
+    server = Server()
+    server.version = options.pop("version", server.version)
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", server.respond)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    engine = SGLangEngine(checkpoint, engine_id="e", url=server.url, **{"weights": OLD, **options})
+    try:
+        await engine.start()
+        yield server, engine
+    finally:
+        await engine.close()
+        await runner.cleanup()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """As much of one as these tests need."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "max_position_embeddings": 64}))
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await test
+
+    asyncio.run(bounded())
+
+
+def event(ids: list[int], count: int, reason: str | None = None, **meta: Any) -> dict[str, Any]:
+    """A chunk whose ids come from position ``count - len(ids)``; log-probs are the ids' negatives."""
+    pairs = [[-float(i), i, None] for i in ids]
+    finish = None if reason is None else {"type": reason}
+    fields = {"completion_tokens": count, "finish_reason": finish, "weight_version": "1.3", **meta}
+    return {"output_ids": ids, "meta_info": {**fields, "output_token_logprobs": pairs}}
+
+
+def ask(**sampling: Any) -> GenerateRequest:
+    return GenerateRequest("0123", [1, 2, 3], SamplingParams(8, **sampling))
+
+
+WHOLE = {"weight_versions": [{"version": "1.3", "start": 0, "end": 4}]}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [event([7, 8], 2), event([9], 3), event([5], 4, "stop", **WHOLE), "data: [DONE]\n\n"],
+        [event([7, 8], 2), event([7, 8, 9], 3), event([7, 8, 9, 5], 4, "stop", **WHOLE)],  # all so far, each time
+        [event([7, 8, 9, 5], 4, "stop", **WHOLE, padding="x" * 300_000)],
+    ],
+    ids=["pieces", "cumulative", "large"],
+)
+def test_streams_of_both_kinds_give_the_same_answer(events: list[dict[str, Any] | str], checkpoint: Path) -> None:
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            server.events = events
+            answer = await engine.generate(ask(stop_token_ids=(5,), top_k=0))
+            assert (answer.output_ids, answer.logprobs) == ([7, 8, 9, 5], [-7.0, -8.0, -9.0, -5.0])
+            assert (answer.spans, answer.finish_reason) == ((VersionSpan(0, OLD),), "stop")
+            body = server.calls[-1][1]
+            assert (body["rid"], body["input_ids"], body["extra_key"]) == ("0123", [1, 2, 3], "weights-1.3")
+            assert (body["sampling_params"]["stop_token_ids"], body["sampling_params"]["top_k"]) == ([5], -1)
+            assert engine.num_ranks == 2
+
+    run(test())
+
+
+def test_a_stream_that_breaks_off_raises_with_what_had_come(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            server.events = [event([7], 1), event([8, 9], 3, weight_version="1.4")]
+            with pytest.raises(EngineError, match="engine e: the stream of 0123 ended before its answer did") as broken:
+                await engine.generate(ask())
+            partial = broken.value.partial
+            assert partial is not None
+            assert (partial.output_ids, partial.finish_reason) == ([7, 8, 9], "abort")
+            assert partial.spans == (VersionSpan(0, OLD), VersionSpan(2, NEW))  # in doubt a token is older
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "message"),
+    [
+        (400, '{"error": {"message": "too long"}}', "HTTP 400: too long"),
+        (500, "Internal Server Error", "HTTP 500: Internal"),
+    ],
+)
+def test_a_refused_request_says_what_the_server_said(status: int, text: str, message: str, checkpoint: Path) -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, text=text)
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            server.answers["/generate"] = refuse
+            with pytest.raises(EngineRefused, match=rf"engine e: /generate: {message}"):
+                await engine.generate(ask())
+            await engine.check_health()
+
+    run(test())
+
+
+def test_bad_token_ids_never_reach_the_server(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            with pytest.raises(ValueError, match="token id 100 is outside the vocabulary of 100"):
+                await engine.generate(GenerateRequest("0", [1, 100], SamplingParams(1)))
+            assert server.paths() == []
+
+    run(test())
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.23"])
+def test_an_update_is_as_the_release_wants_it(version: str, checkpoint: Path) -> None:
+    async def test() -> None:
+        async with serving(checkpoint, version=version) as (server, engine):
+            await engine.join_weight_group(SPEC, 1)
+            await engine.pause(PauseMode.RETRACT)
+            await engine.receive_weights(MANIFEST, NEW)
+            await engine.resume()
+            update = ["/update_weights_from_distributed"]
+            if version == "0.5.23":
+                update = ["/begin_weight_update", *update, "/end_weight_update"]
+            assert server.paths() == [
+                "/init_weights_update_group",
+                "/pause_generation",
+                *update,
+                "/continue_generation",
+            ]
+            bodies = dict(server.calls)
+            assert bodies["/pause_generation"]["mode"] == ("retract" if version == "0.5.23" else "in_place")
+            assert bodies["/update_weights_from_distributed"]["flush_cache"] is (version == "0.5.23")
+            assert bodies["/update_weights_from_distributed"]["weight_version"] == "1.4"
+            assert (await engine.status()).weights == NEW
+
+    run(test())
+
+
+def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoint: Path) -> None:
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            await engine.join_weight_group(SPEC, 1)
+            server.answers["/update_weights_from_distributed"] = hang
+            waiting = asyncio.ensure_future(engine.generate(ask()))
+            with pytest.raises(EngineError, match="/update_weights_from_distributed: no answer within"):
+                await engine.receive_weights(MANIFEST, NEW)
+            for call in (engine.check_health(), engine.status(), waiting):
+                with pytest.raises(EngineError, match="/update_weights_from_distributed: no answer within"):
+                    await call
+
+    run(test())
+
+
+def test_a_broadcast_that_the_server_could_not_take_leaves_it_alive_without_weights(checkpoint: Path) -> None:
+    async def fail(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"success": False, "message": "Failed to receive weights: reset by peer"}, status=400)
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            await engine.join_weight_group(SPEC, 1)
+            server.answers["/update_weights_from_distributed"] = fail
+            with pytest.raises(EngineRefused, match="Failed to receive weights: reset by peer"):
+                await engine.receive_weights(MANIFEST, NEW)
+            assert server.paths()[-1] == "/end_weight_update"
+            assert (await engine.status()).weights is None
+            await engine.check_health()
+
+    run(test())
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_key": "a"}, {"admin_key": "b"}, {"api_key": "a", "admin_key": "b"}])
+def test_each_call_carries_the_key_that_it_needs(keys: dict[str, str], checkpoint: Path) -> None:
+    async def test() -> None:
+        async with serving(checkpoint, **keys) as (server, engine):
+            server.events = [event([7], 1, "length", weight_versions=[{"version": "1.3", "start": 0, "end": 1}])]
+            await engine.generate(ask())
+            await engine.pause(PauseMode.IN_PLACE)
+            for path, key in {
+                "/generate": keys.get("api_key") or keys.get("admin_key"),
+                "/pause_generation": keys.get("admin_key") or keys.get("api_key"),
+            }.items():
+                assert server.keys[path] == (f"Bearer {key}" if key else "")
+
+    run(test())
+
+
+def test_a_server_that_is_not_ready_without_a_pause_is_ill(checkpoint: Path) -> None:
+    async def unready(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=503)
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            server.answers["/ready"] = unready
+            await engine.pause(PauseMode.IN_PLACE)
+            await engine.check_health()
+            await engine.resume()
+            with pytest.raises(EngineError, match="not ready, though nobody paused it"):
+                await engine.check_health()
+
+    run(test())
+
+
+def test_an_older_server_without_ready_is_asked_otherwise(checkpoint: Path) -> None:
+    async def unknown(_: web.Request) -> web.StreamResponse:
+        raise web.HTTPNotFound
+
+    async def test() -> None:
+        async with serving(checkpoint, version="0.5.16") as (server, engine):
+            server.answers["/ready"] = unknown
+            server.calls.clear()
+            await engine.check_health()
+            await engine.check_health()
+            assert [path for path, _ in server.calls] == ["/ready", "/model_info", "/model_info"]
+
+    run(test())
+
+
+def test_a_server_that_samples_nothing_is_ill(checkpoint: Path) -> None:
+    async def silent(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        asked.set()
+        await asyncio.Event().wait()
+        return response
+
+    asked = asyncio.Event()
+
+    async def test() -> None:
+        async with serving(checkpoint, stall_timeout_s=0.0) as (server, engine):
+            server.answers["/generate"] = silent
+            await engine.check_health()
+            waiting = asyncio.ensure_future(engine.generate(ask()))
+            await asked.wait()
+            with pytest.raises(EngineError, match="has 1 requests and sampled nothing"):
+                await engine.check_health()
+            waiting.cancel()
+
+    run(test())
+
+
+def test_a_server_of_an_old_release_is_refused_at_the_start(checkpoint: Path) -> None:
+    async def test() -> None:
+        with pytest.raises(EngineError, match=r"engine e could not start: SGLang 0\.5\.10 is too old"):
+            async with serving(checkpoint, version="0.5.10"):
+                pass
+
+    run(test())
