@@ -19,7 +19,10 @@ MODERATE_STALENESS = 4
 
 @dataclass(frozen=True, slots=True)
 class Ideal:
-    """Seconds per batch of each side alone on its devices, for the tokens that a mode trained."""
+    """Seconds per batch of each side alone on its devices, for the tokens that a mode trained.
+
+    A learner on more devices than it was measured on is taken to scale perfectly.
+    """
 
     generate_s: float
     train_s: float
@@ -136,10 +139,11 @@ def ideal_of(
     steps = sum(window.steps for window in measured.windows)
     sampled = sum(window.sampled_tokens for window in measured.windows) / steps
     computed = sum(window.batch_tokens for window in measured.windows) / steps
-    learner = learners[len(mode.learner_devices)]
+    devices = len(mode.learner_devices)
+    learner = learners.get(devices) or max(learners.values(), key=lambda one: one.devices)
     return Ideal(
         generate_s=sampled / (len(mode.actor_devices) * engine.tokens_per_s),
-        train_s=computed / learner.tokens_per_s,
+        train_s=computed / (learner.tokens_per_s * devices / learner.devices),
     )
 
 

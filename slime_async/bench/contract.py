@@ -59,8 +59,8 @@ def check_before(modes: Sequence[Mode], configs: Mapping[str, dict[str, Any]], c
     ]
 
 
-def check_after(measurements: Sequence[Measurement]) -> list[Clause]:
-    """What the measurements say."""
+def check_after(measurements: Sequence[Measurement], failed: Sequence[str] = ()) -> list[Clause]:
+    """What the measurements say; ``failed`` are modes that have none."""
     pooled = {m.mode: m.lengths for m in measurements}
     worst, pair = 1.0, ("", "")
     names = list(pooled)
@@ -93,6 +93,7 @@ def check_after(measurements: Sequence[Measurement]) -> list[Clause]:
             "nothing died", not any(m.deaths for m in measurements), f"{sum(m.deaths for m in measurements)} deaths"
         ),
     ]
+    clauses.append(Clause("every mode ran", not failed, f"failed: {', '.join(failed)}" if failed else "none failed"))
     servers = sorted({measurement.servers for measurement in measurements} - {""})
     if servers:
         clauses.append(Clause("the same warm servers for all modes", len(servers) == 1, "; ".join(servers)))

@@ -55,7 +55,7 @@ def _write(directory: Path, seed: int, *, hidden: int, ffn: int, layers: int, he
         architectures=["Qwen3ForCausalLM"],
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     block = STD * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
@@ -75,4 +75,3 @@ def _tensor(shape: tuple[int, ...], block: torch.Tensor, start: int) -> torch.Te
     count = math.prod(shape)
     rolled = block.roll(start % BLOCK).to(torch.bfloat16)
     return rolled.repeat(-(-count // BLOCK))[:count].reshape(shape).clone()
-

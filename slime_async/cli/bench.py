@@ -66,29 +66,28 @@ def run(parsed: argparse.Namespace) -> int:
     directory: Path = (parsed.output or config.run.directory / stamp).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        result = asyncio.run(Bench(config, modes, directory).run())
+        outputs = [directory / "bench.json", *([parsed.json] if parsed.json else [])]
+        fair = asyncio.run(Bench(config, modes, directory, outputs).run())
     except RunError as failure:
         print(f"slime-async: {failure}", file=sys.stderr, flush=True)
         return failure.exit_code
-    for path in {directory / "bench.json", parsed.json or directory / "bench.json"}:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{directory / 'bench.json'}\n{directory / 'bench.html'}", flush=True)
-    return 0 if all(clause["holds"] for clause in result["contract"]) else 1
+    return 0 if fair else 1
 
 
 class Bench:
     """One benchmark: the model, each side alone, then mode after mode."""
 
-    def __init__(self, config: Config, modes: Sequence[Mode], directory: Path) -> None:
+    def __init__(self, config: Config, modes: Sequence[Mode], directory: Path, outputs: Sequence[Path]) -> None:
         self._config = config
         self._modes = modes
         self._directory = directory
+        self._outputs = outputs
+        self._environment = describe_environment()
         self._began = time.monotonic()
         self._servers: Servers | None = None
 
-    async def run(self) -> dict[str, Any]:
-        """Everything, as ``bench.json`` has it."""
+    async def run(self) -> bool:
+        """Whether the contract holds. What is known is written after every mode. Raises ``RunError``."""
         self._config = config = await self._prepared()
         before = check_before(self._modes, self._flat_configs(), Path(config.model.path))
         for clause in before:
@@ -96,14 +95,27 @@ class Bench:
         self._servers = await self._started_servers()
         try:
             engine = await self._saturated_engine()
-            sizes = sorted({len(mode.learner_devices) for mode in self._modes})
+            separate = {len(mode.learner_devices) for mode in self._modes if not mode.colocated}
+            sizes = sorted(separate or {len(mode.learner_devices) for mode in self._modes})
             learners = {size: await self._saturated_learner(size) for size in sizes}
-            measurements = [await self._measured(mode) for mode in self._modes]
+            measurements, failed = [], []
+            for mode in self._modes:
+                try:
+                    measurements.append(await self._measured(mode))
+                except (RunError, ValueError) as problem:  # the others are worth having all the same
+                    failed.append(mode.name)
+                    self._say(f"{mode.name} FAILED: {problem}")
+                if measurements:
+                    clauses = [*before, *check_after(measurements, failed)]
+                    comparison = compare(self._modes, measurements, engine, learners)
+                    self._write(comparison, clauses)
         finally:
             if self._servers is not None:
                 await self._servers.close()
-        clauses = [*before, *check_after(measurements)]
-        return self._result(compare(self._modes, measurements, engine, learners), clauses)
+        if not measurements:
+            raise RunError("no mode could be measured")
+        self._print(comparison, clauses)
+        return all(clause.holds for clause in clauses)
 
     async def _started_servers(self) -> Servers | None:
         """Those of SGLang, which every mode uses; embedded engines live in their actors."""
@@ -136,6 +148,20 @@ class Bench:
     def _of(self, mode: Mode) -> Config:
         bench = self._config.bench
         return configure(self._config, mode, self._directory, bench.warmup_s + bench.windows * bench.window_s)
+
+    async def _quiet_servers(self) -> Servers | None:
+        """Without any request or cached prefix; those that do not become quiet are started anew."""
+        if self._servers is None:
+            return None
+        from slime_async.actors.engine import EngineError
+
+        try:
+            await self._servers.quieten()
+        except EngineError as error:
+            self._say(f"the servers do not become quiet, others take their place: {error}")
+            await self._servers.close()
+            self._servers = await self._started_servers()
+        return self._servers
 
     async def _saturated_engine(self) -> SaturatedEngine:
         path = self._directory / "saturated-engine.json"
@@ -194,9 +220,7 @@ class Bench:
         if path.exists():
             self._say(f"{mode.name}: measured before")
             return Measurement.from_plain(json.loads(path.read_text()))
-        servers = self._servers
-        if servers is not None:
-            await servers.quieten()
+        servers = await self._quiet_servers()
         urls, identity = (servers.urls, servers.identity) if servers is not None else ({}, "")
         measurement = await run_mode(self._config, mode, self._directory, urls)
         measurement = replace(measurement, servers=identity)
@@ -205,21 +229,30 @@ class Bench:
         self._say(f"{mode.name}: {speeds} samples/s")
         return measurement
 
-    def _result(self, comparison: Comparison, clauses: Sequence[Clause]) -> dict[str, Any]:
-        environment = describe_environment()
-        hardware = hardware_of(environment, self._config)
+    def _write(self, comparison: Comparison, clauses: Sequence[Clause]) -> None:
         title = f"{self._config.run.name}: sync against async"
+        hardware = hardware_of(self._environment, self._config)
         write_page(comparison, clauses, title, hardware, self._directory / "bench.html")
-        print(f"\n{hardware}\n")
+        text = json.dumps(self._result(comparison, clauses), indent=1) + "\n"
+        for path in self._outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    def _print(self, comparison: Comparison, clauses: Sequence[Clause]) -> None:
+        print(f"\n{hardware_of(self._environment, self._config)}\n")
         for clause in clauses:
             print(clause)
         print(f"\n{table(comparison, self._config.bench.target_accuracy)}\n")
         for name, value in comparison.figures().items():
             print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+        print(*self._outputs, self._directory / "bench.html", sep="\n", flush=True)
+
+    def _result(self, comparison: Comparison, clauses: Sequence[Clause]) -> dict[str, Any]:
+        environment = self._environment
         return {
             "command": " ".join(["slime-async", *sys.argv[1:]]),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "machine": hardware,
+            "machine": hardware_of(environment, self._config),
             "versions": {"python": environment.python, **environment.packages},
             "seconds": time.monotonic() - self._began,
             "figures": comparison.figures(),

@@ -27,7 +27,7 @@ from slime_async.telemetry.environment import write_environment
 from slime_async.telemetry.events import EventLog, EventName
 from slime_async.telemetry.summary import write_summary
 
-END_S = 300.0
+END_S = 120.0
 """Beyond the time of the windows: to start everything, to end the last batch, and to leave"""
 
 

@@ -35,9 +35,8 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     config, row, saturated = result["config"], result["modes"][mode], result["saturated"]
     engine = saturated["engine"]
     points = sorted((rate["running"], rate["running"] / rate["tokens_per_s"]) for rate in engine["rates"])
-    devices = {learner["devices"]: learner for learner in saturated["learner"].values()}
     learners, actors = row["learner_devices"], row["actor_devices"]
-    learner = devices[len(learners)]
+    colocated = bool(set(learners) & set(actors))
     arguments = _forced_arguments(config)
     return Scenario(
         name=mode,
@@ -53,8 +52,8 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
             step_s=tuple(points),
         ),
-        learner=LearnerModel(devices=len(learners), token_s=learner["batch_s"] / learner["batch_tokens"]),
-        colocated=bool(set(learners) & set(actors)),
+        learner=LearnerModel(devices=len(learners), token_s=_token_s(saturated["learner"], row, colocated)),
+        colocated=colocated,
         lengths=_lengths(arguments, result),
         turns=int(arguments.get("turns", 1)),
         environment_s=_delays(arguments),
@@ -64,6 +63,14 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         steps=60,
         warmup_steps=10 + row["max_staleness"],
     )
+
+
+def _token_s(learners: Mapping[str, Any], row: Mapping[str, Any], colocated: bool) -> float:
+    """Alone, as it was measured; on devices that it shares, as it was in the run itself: nobody else computes then."""
+    if str(len(row["learner_devices"])) in learners and not colocated:
+        return float(1 / learners[str(len(row["learner_devices"]))]["tokens_per_s"])
+    batches = sum(window["steps"] for window in row["windows"])
+    return float(row["train_s"] * batches / sum(window["batch_tokens"] for window in row["windows"]))
 
 
 def check(result: Mapping[str, Any]) -> list[Check]:
