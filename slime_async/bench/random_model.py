@@ -56,7 +56,7 @@ def _write(directory: Path, seed: int, *, hidden: int, ffn: int, layers: int, he
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    block = STD * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
+    block = (STD * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))).to(torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         shapes.pop("lm_head.weight", None)
@@ -73,5 +73,4 @@ def _tensor(shape: tuple[int, ...], block: torch.Tensor, start: int) -> torch.Te
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     count = math.prod(shape)
-    rolled = block.roll(start % BLOCK).to(torch.bfloat16)
-    return rolled.repeat(-(-count // BLOCK))[:count].reshape(shape).clone()
+    return block.roll(start % BLOCK).repeat(-(-count // BLOCK))[:count].reshape(shape).clone()

@@ -65,7 +65,7 @@ async def start_servers(config: Config, modes: Sequence[Mode], logs: Path) -> Se
     servers = Servers({}, f"{datetime.now(UTC):%H:%M:%S} UTC")
     try:
         for device in devices:
-            own = (*arguments, "--base-gpu-id", str(device))
+            own = arguments if config.sglang.get("device") == "cpu" else (*arguments, "--base-gpu-id", str(device))
             servers.processes[device] = await ServerProcess.launch(LaunchSpec(own, logs / f"sglang-{device}.log"))
         limit_s = config.actor.startup_timeout_s
         await asyncio.gather(*(_wait_ready(process, limit_s) for process in servers.processes.values()))

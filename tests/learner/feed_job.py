@@ -19,8 +19,10 @@ BATCHES = 3
 
 
 class Prepared:
-    def next_batch(self, train_version: int) -> Batch:
-        """Batches of different sizes, with columns of odd and of no length."""
+    def next_batch(self, train_version: int) -> Batch | None:
+        """Batches of different sizes, with columns of odd and of no length; then the time is up."""
+        if train_version == BATCHES:
+            return None
         extras = {"experts": np.full((5, 3), train_version, np.uint8), "none": np.zeros((0, 4), np.float32)}
         return Batch(train_version, tuple(make_trajectory(i, extras=extras) for i in range(train_version + 1)))
 
@@ -30,8 +32,11 @@ def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=deadline)
     device = torch.device("cpu")
     feed = SharingFeed(Prepared(), device) if rank == 0 else FollowingFeed(device, DEFAULT_LIMITS)
-    for version in range(BATCHES):
-        digest = hashlib.sha256(b"".join(bytes(frame) for frame in encode(feed.next_batch(version))))
+    for version in range(BATCHES + 1):
+        batch = feed.next_batch(version)
+        if batch is None:
+            break
+        digest = hashlib.sha256(b"".join(bytes(frame) for frame in encode(batch)))
         sys.stdout.write(digest.hexdigest() + "\n")
     dist.destroy_process_group()
 
