@@ -86,9 +86,9 @@ async def saturate_engine(config: Config, directory: Path, url: str) -> Saturate
 
     checkpoint = Path(config.model.path)
     engine = make_engine(config, url)
+    player = _Player(config, make_rollout(config, checkpoint, engine))  # before the engine has a connection to lose
     await asyncio.wait_for(engine.start(), config.actor.startup_timeout_s)
     try:
-        player = _Player(config, make_rollout(config, checkpoint, engine))
         full = min(config.actor.slots, config.actor.max_running_requests)
         rates = []
         for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
