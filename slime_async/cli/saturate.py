@@ -92,7 +92,7 @@ async def saturate_engine(config: Config, directory: Path, url: str) -> Saturate
         full = min(config.actor.slots, config.actor.max_running_requests)
         rates = []
         for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
-            rates.append(await _rate(player, engine, episodes, config.bench.saturated_s))
+            rates.append(await _rate(player, engine, episodes, config.bench.saturated_s, last=episodes > full))
     finally:
         await engine.close()
     episodes_played = player.complete_groups()
@@ -133,9 +133,11 @@ class _Player:
         self._sizes = rollout.source_sizes
         self._next = 0
         self._played: dict[int, list[tuple[int, int, float]]] = {}
+        self.closing = False
+        """Begin no more episodes"""
 
-    async def play_for_ever(self) -> None:
-        while True:
+    async def play(self) -> None:
+        while not self.closing:
             serial, sample = divmod(self._next, self._group_size)
             self._next += 1
             task = TaskRef(serial, self._source, serial % self._sizes[self._source])
@@ -149,10 +151,13 @@ class _Player:
         return [group for group in self._played.values() if len(group) == self._group_size]
 
 
-async def _rate(player: _Player, engine: Engine, episodes: int, seconds: float) -> EngineRate:
-    """At a steady load: tokens per second, and how many requests ran."""
+async def _rate(player: _Player, engine: Engine, episodes: int, seconds: float, *, last: bool) -> EngineRate:
+    """At a steady load: tokens per second, and how many requests ran.
+
+    The last load's episodes are played to their end: those that are done first are the short ones.
+    """
     async with asyncio.TaskGroup() as tasks:
-        playing = [tasks.create_task(player.play_for_ever()) for _ in range(episodes)]
+        playing = [tasks.create_task(player.play()) for _ in range(episodes)]
         await asyncio.sleep(seconds * SETTLE_FRACTION)
         before, begun = (await engine.status()).generated_tokens, time.monotonic()
         running = []
@@ -160,7 +165,8 @@ async def _rate(player: _Player, engine: Engine, episodes: int, seconds: float) 
             await asyncio.sleep(POLL_S)
             running.append((await engine.status()).running_requests)
         tokens, ended = (await engine.status()).generated_tokens - before, time.monotonic()
-        for task in playing:
+        player.closing = last
+        for task in () if last else playing:
             task.cancel()
     return EngineRate(sum(running) / len(running), tokens / (ended - begun))
 
