@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from slime_async.simulate.cluster import simulate
 from slime_async.simulate.scenario import EngineModel, LearnerModel, LengthModel, Scenario
 
-BISECTIONS = 14
-"""Of a factor between 1/64 and 64: to a thousandth"""
-SPAN = 64.0
+FITTED_TO = 0.005
+"""Relative: no printed number has more than three digits"""
+MAX_TRIALS = 20
 LONG_REASONING = LengthModel(median=6000, sigma=0.8, longest=28_000)
 """Assumed where answers are cut off at 27k or 28k tokens"""
 
@@ -85,8 +85,8 @@ def verl() -> list[Expectation]:
                 lengths=LONG_REASONING,
                 publish_s=5.0,
                 pause_s=5.0,
-                steps=10,
-                warmup_steps=4,
+                steps=6,
+                warmup_steps=2,
             )
 
         speed = fitted(
@@ -131,8 +131,10 @@ def decoding(speed: float, max_running: int) -> EngineModel:
 
 def fitted(result: Callable[[float], float], wanted: float) -> float:
     """The speed at which ``result``, which grows with it, is as ``wanted``."""
-    low, high = 1 / SPAN, SPAN
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if result(middle) < wanted else (low, middle)
-    return float((low * high) ** 0.5)
+    speed = 1.0
+    for _ in range(MAX_TRIALS):
+        reached = result(speed) / wanted
+        if abs(reached - 1) < FITTED_TO:
+            return speed
+        speed /= reached
+    raise RuntimeError(f"no decoding speed gives {wanted}: the last, {speed:g}, gives {reached:.3g} of it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from slime_async.bench.compare import compare
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode, modes_of
 from slime_async.bench.saturated import EngineRate, SaturatedEngine, SaturatedLearner
@@ -59,3 +60,24 @@ def measurement(mode: Mode, step_s: float, **changes: Any) -> Measurement:
         "timeline": {"learner": ((0.0, 1.0, "computing"), (1.0, 2.0, "queue_empty"))},
     }
     return Measurement(**{**given, **changes})
+
+
+def bench_result() -> dict[str, Any]:
+    """What ``bench.json`` has, as far as the simulator reads it."""
+    chosen = modes("colocated", "disaggregated", "async-2")
+    result = compare(chosen, [measurement(mode, 2.0) for mode in chosen], ENGINE, LEARNERS).to_plain()
+    source = "task.train.answers"
+    return {
+        **result,
+        "config": {
+            "batch.groups": 4,
+            "batch.group_size": 4,
+            "staleness.on_stale": "mask",
+            "actor.slots": 16,
+            "actor.max_running_requests": 16,
+            f"{source}.factory": "slime_async.actors.workloads:answers",
+            f"{source}.arguments.median": 80,
+            f"{source}.arguments.sigma": 0.5,
+            f"{source}.arguments.longest": 200,
+        },
+    }

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from slime_async.bench.compare import compare
 from slime_async.cli.simulate import load_scenario
 from slime_async.config import ConfigError
 from slime_async.simulate.measured import check, scenario_of
 from slime_async.simulate.plan import plan, splits
 from slime_async.simulate.rates import DEVICES, ModelSize
 from slime_async.simulate.scenario import EngineModel, LearnerModel, LengthModel, Scenario
-from tests.bench.examples import ENGINE, LEARNERS, measurement, modes
+from tests.bench.examples import bench_result
 
 BASE = Scenario(
     groups=4,
@@ -54,20 +53,7 @@ def test_larger_models_need_more_devices_and_longer_steps() -> None:
 
 
 def test_a_benchmarks_modes_become_scenarios_that_know_nothing_of_its_outcome() -> None:
-    chosen = modes("colocated", "disaggregated", "async-2")
-    measured = [measurement(mode, 2.0) for mode in chosen]
-    result = json.loads(json.dumps(compare(chosen, measured, ENGINE, LEARNERS).to_plain()))
-    result["config"] = {
-        "batch.groups": 4,
-        "batch.group_size": 4,
-        "staleness.on_stale": "mask",
-        "actor.slots": 16,
-        "actor.max_running_requests": 16,
-        "task.train.answers.factory": "slime_async.actors.workloads:answers",
-        "task.train.answers.arguments.median": 80,
-        "task.train.answers.arguments.sigma": 0.5,
-        "task.train.answers.arguments.longest": 200,
-    }
+    result = json.loads(json.dumps(bench_result()))
     asynchronous = scenario_of(result, "async-2")
     assert (asynchronous.engines, asynchronous.max_staleness, asynchronous.colocated) == (1, 2, False)
     assert asynchronous.engine.step_with(16) == pytest.approx(0.01)
