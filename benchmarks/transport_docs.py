@@ -6,7 +6,6 @@ python -m benchmarks.transport_docs
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def rates_table(transport: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            "Raw pyzmq has the same sockets, high-water marks and acknowledgements; it has neither codec, checks nor loop.",
+            "Raw pyzmq has the same sockets, high-water marks and acknowledgements, but no codec, checks or loop.",
         ]
     )
 
@@ -80,16 +79,13 @@ def curve_table(transport: dict[str, Any]) -> str:
 
 def main() -> None:
     page, transport = PAGE.read_text(), results("transport")
-    tables = {
-        "FETCH": fetch_table(results("fetch")),
-        "TRANSPORT": rates_table(transport),
-        "CURVE": curve_table(transport),
-    }
+    tables = {"FETCH": fetch_table(results("fetch"))}
+    tables |= {"TRANSPORT": rates_table(transport), "CURVE": curve_table(transport)}
     for name, table in tables.items():
-        page, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, t=table: m[1] + t + m[2], page, flags=re.DOTALL
-        )
-        assert found == 1, name
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        after = rest.partition("\n<!-- end -->")[2]
+        assert after, f"{PAGE} has no place for {name}"
+        page = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{after}"
     PAGE.write_text(page)
 
 

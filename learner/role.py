@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
@@ -51,6 +51,7 @@ from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.loggers import make_loggers
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.occupancy import Occupancy
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
@@ -118,7 +119,7 @@ class HubOutlet:
         if self._snapshots is None:
             self._snapshots = Snapshots(trainer.manifest(), trainer.device)
         snapshot = self._snapshots.begin(weights)
-        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        waited_s = self._publisher.publish(snapshot, publication_timeout_s(self._config))
         self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
         return waited_s
 
@@ -139,6 +140,7 @@ class HubOutlet:
             log.warning("step %d: %s", step, finding.message)
             self._events.write("step_warning", step=step, **finding.fields())
         self._to_loggers(step, metrics)
+        PROCESS.tell("step", metrics)
         shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
         self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
@@ -268,11 +270,11 @@ class Learner:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
         with self._feed(trainer) as feed:
-            train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
+            reached = train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
             self._evaluations.finish(config.evaluation.timeout_s)
-            self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
+            self._publisher.wait_published(reached, publication_timeout_s(config))
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
@@ -296,6 +298,7 @@ class Learner:
             patience_s,
             check,
             payloads=not several,
+            time_limit_s=config.run.time_limit_s,
         )
         if several:
             leaders, device = data_parallel_leaders(trainer.device), trainer.device
@@ -333,6 +336,11 @@ def call_timeout_s(config: Config) -> float:
     return CALL_TIMEOUT_S + config.hub.reconnect_s
 
 
+def publication_timeout_s(config: Config) -> float:
+    """For a publication to be over: several attempts, and a lone engine that died has to start again first."""
+    return config.weights.timeout_s * 4 + config.actor.startup_timeout_s
+
+
 def weight_backend(config: Config, trainer: Trainer) -> Backend:
     """As configured; ``auto`` follows the device of the learner's weights."""
     if config.weights.backend != "auto":
@@ -359,16 +367,6 @@ def begin_weights(
         if config.checkpoint.interval_steps:
             checkpointer.begin(0)
     return checkpointer
-
-
-def own_address(hub_address: str) -> str:
-    """The address of this machine on the way to the hub, where engines beside the hub can reach it as well."""
-    host, _, port = hub_address.removeprefix("tcp://").rpartition(":")
-    family, kind, *_, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(peer)  # sends nothing: the kernel chooses a route
-        address: str = probe.getsockname()[0]
-    return address
 
 
 def follow(config: Config, hub_address: str, run_directory: Path) -> None:

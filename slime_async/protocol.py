@@ -9,6 +9,7 @@ message             from ──► to           reply, or (note)
 Hello               any ──► hub           Welcome
 Heartbeat           any ◄─► hub           (note) carries the role's latest report
 Goodbye             any ──► hub           (note) leaves on purpose, now
+Leaving             actor ──► hub         Ok; nothing is granted to it from now on, what it holds it may deliver
 Granted             hub ──► actor         (note) reservations; these are the actor's credits
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
@@ -113,6 +114,11 @@ class Heartbeat(Message):
 @dataclass(frozen=True, slots=True)
 class Goodbye(Message):
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving(Message):
+    """An actor that was told to go finishes what it has begun first; its goodbye returns the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,3 +527,5 @@ class RunStatus(Message):
     queue: Report
     """``QueueStatistics``, flattened"""
     peers: tuple[PeerStatus, ...]
+    hub: Report = field(default_factory=dict)
+    """What the hub's process tells of itself (``slime_async.telemetry.process``), as every peer's report does"""

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from slime_async.protocol import ErrorReply, Goodbye, Heartbeat, Hello, Message, Report, Welcome
+from slime_async.telemetry.process import PROCESS
 from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits
 from slime_async.transport.conversation import NOT_CONNECTED, Conversation, Traffic
 from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
@@ -118,6 +119,7 @@ class HubClient:
     def set_report(self, report: Report) -> None:
         """What the heartbeats carry from now on."""
         self._report = dict(report)
+        PROCESS.tell("report", report)
 
     async def wait_closed(self) -> None:
         """Returns after ``close``; raises what ended the connection (or the handler) otherwise."""
@@ -204,7 +206,7 @@ class HubClient:
                 self._broken(self._link, f"silent for {self._talk.silent_s:.1f} s")
             elif not len(self._talk.outbox):
                 with suppress(ConnectionLost):  # whoever noticed it sees to it
-                    await self._talk.note(Heartbeat(self._report))
+                    await self._talk.note(Heartbeat({**PROCESS.about(), **self._report}))
 
     # ---------------------------------------------------------------------------------------------- messages
 

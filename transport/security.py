@@ -79,6 +79,16 @@ def client_security(config: HubConfig) -> ClientSecurity | None:
         )
 
 
+def client_files(keys: Path, key: str) -> dict[str, bytes]:
+    """By name, what a machine needs in its directory of keys to connect as ``key``: never the hub's secret.
+
+    Raises ``ConfigError`` when a file is missing.
+    """
+    with _explained(keys):
+        names = (f"{key}.key", f"{key}.pub", Path(HUB_KEY).with_suffix(".pub").name)
+        return {name: (keys / name).read_bytes() for name in names}
+
+
 @contextmanager
 def _explained(keys: Path) -> Iterator[None]:
     try:
