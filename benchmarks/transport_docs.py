@@ -54,8 +54,8 @@ def rates_table(transport: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"`{transport['command']}`: one sender, one receiver;",
-            f"{transport['machine']}, load average before {transport['load_average']:.0f} (others' load takes more from",
-            "ways with more to compute):",
+            f"{transport['machine']}, load average before {transport['load_average']:.0f} (others' load",
+            "takes more from ways with more to compute):",
             "",
             "| way | 64 KiB: messages/s | 1 MiB: GB/s | 16 MiB: GB/s | CPU s/GB at 1 MiB |",
             "|---|---|---|---|---|",

@@ -216,7 +216,7 @@ def test_the_sender_is_told_where_its_value_is_wrong(message: Message, problem: 
         (
             "FollowLease",
             {"incarnation": True, "train_version": 0, "wait_s": 1.0},
-            "FollowLease.incarnation: wants a 64-bit",
+            "incarnation: wants a 64-bit",
         ),
         ("Started", {"key": [1], "attempt": 0}, "Started.key: wants TrajectoryKey"),
         ("Heartbeat", {"report": {"a": [1]}}, r"Heartbeat.report\['a'\]: wants a bool, int, float or str"),
