@@ -23,6 +23,8 @@ from slime_async.protocol import GetStatus, Hello, Message, RunStatus, Shutdown
 
 CALL_TIMEOUT_S = 10.0
 REFRESH_S = 1.0
+WIDTH = 140
+"""Where there is no window: in a file, or a pipe"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ async def show_once(target: Target, status: Callable[[], Awaitable[RunStatus]]) 
     overview.update(await status(), time.monotonic())
     await asyncio.sleep(REFRESH_S)
     overview.update(await status(), time.monotonic())
-    Console(highlight=False).print(table(overview))
+    console = Console(highlight=False)
+    console.print(table(overview), width=console.width if console.is_terminal else WIDTH)
 
 
 async def show(target: Target, status: Callable[[], Awaitable[RunStatus]], over: asyncio.Event) -> None:
