@@ -29,6 +29,7 @@ import uvloop
 
 from slime_async.actors.engine import Engine, EngineError, PauseMode
 from slime_async.actors.engines import make_pool
+from slime_async.actors.loop_watch import LoopWatch
 from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.actors.spans import ActorSpans
@@ -135,6 +136,7 @@ class Worker:
             await self._pool.start()
             return await self._serve(hub_address, leave_on)
         finally:
+            await self._rollout.close()
             await self._pool.close()
 
     async def _serve(self, hub_address: str, leave_on: Iterable[signal.Signals]) -> bool:
@@ -180,7 +182,6 @@ class Worker:
             for _, command in self._latest.values():
                 command.cancel()
             await self._client.close()
-            await self._rollout.close()
             self._spans.close()
         return left
 
@@ -375,4 +376,5 @@ async def _main(config: Config, name: str, hub_address: str, run_directory: Path
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
         pool = make_pool(config, name, run_directory / "logs", recorder)
         rollout = make_rollout(config, checkpoint, pool)
-        return await Worker(config, name, pool, rollout, recorder).run(hub_address, LEAVE_SIGNALS)
+        async with LoopWatch():
+            return await Worker(config, name, pool, rollout, recorder).run(hub_address, LEAVE_SIGNALS)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slime_async.branches import is_plain
+from slime_async.branches import branches, is_plain
 from slime_async.config import Config
 from slime_async.correction import group_advantages
-from slime_async.learner.credit import branch_advantages
+from slime_async.learner.credit import branch_advantages, rewards_of_tokens
 from slime_async.learner.trainer import TrainSequence
 from slime_async.protocol import Batch
 from slime_async.queue.staleness import stale_token_mask
+from slime_async.routing import routed_experts
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 
 
@@ -55,6 +56,8 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
         if trajectory.truncated and config.task.on_truncated == "mask":
             weight_mask = np.zeros_like(weight_mask)
         with_weight += bool(weight_mask.any())
+        experts = routed_experts(trajectory)
+        earned = rewards_of_tokens(trajectory) if config.has_critic else None
         trained_staleness.append(staleness[weight_mask > 0])
         sequences += [
             TrainSequence(
@@ -63,7 +66,9 @@ def prepare_batch(trajectories: Sequence[Trajectory], train_version: int, config
                 weight_mask=weight_mask[tokens],
                 behavior_logprobs=trajectory.behavior_logprobs[tokens],
                 advantages=advantage,
+                rewards=None if earned is None else earned[tokens],
                 staleness=staleness[tokens],
+                routed_experts=None if experts is None else experts[tokens],
                 group=trajectory.task.serial,
             )
             for tokens, advantage in parts
@@ -122,6 +127,8 @@ def _advantages(
     trajectories: Sequence[Trajectory], rewards: NDArray[np.float64], config: Config
 ) -> list[list[tuple[slice, NDArray[np.float32] | float]]]:
     """Per trajectory its sequences, as slices of its columns, each with its advantage; ``rewards`` are [groups, n]."""
+    if config.has_critic:  # the trainer has the values that advantages need
+        return [[(branch.tokens, 0.0) for branch in branches(trajectory)] for trajectory in trajectories]
     if all(is_plain(trajectory) for trajectory in trajectories):
         plain = group_advantages(config.algorithm, torch.from_numpy(rewards)).reshape(-1).tolist()
         return [[(slice(None), float(advantage))] for advantage in plain]

@@ -56,6 +56,16 @@ def branch_advantages(
     return [[(branch, _spread(branch, shares, values)) for branch, shares in parts] for parts in split]
 
 
+def rewards_of_tokens(trajectory: Trajectory) -> NDArray[np.float32]:
+    """[T], what each token earned: a turn's reward at its end, the final one at its branch's last sampled token."""
+    column = turn_rewards(trajectory).copy()
+    for branch in branches(trajectory):
+        sampled = np.flatnonzero(trajectory.loss_mask[branch.tokens])
+        if sampled.size:
+            column[branch.start + sampled[-1]] += branch.final_reward
+    return column
+
+
 def _shares(config: Config, trajectory: Trajectory, branch: Branch) -> list[_Share]:
     group = trajectory.task.serial
     rewards = turn_rewards(trajectory)[branch.tokens].astype(np.float64)

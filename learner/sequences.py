@@ -11,9 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slime_async.correction import PolicyBatch
+from slime_async.learner.transfer import to_device
 
 Columns = Sequence[NDArray[np.float32]]
 """Per sequence, one number per token [T]; position 0 is 0, since nothing predicts the first token"""
+
+
+_COLUMNS = (
+    "loss_mask",
+    "weight_mask",
+    "behavior_logprobs",
+    "staleness",
+    "advantages",
+    "rewards",
+    "values",
+    "value_targets",
+    "routed_experts",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,14 +49,22 @@ class TrainSequence:
     """[T], or one number for all tokens"""
     staleness: NDArray[np.int64]
     """[T], learner version − the token's version"""
+    rewards: NDArray[np.float32] | None = None
+    """[T], what each token earned; where a critic makes advantages of them"""
+    values: NDArray[np.float32] | None = None
+    """[T], the critic's before the batch"""
+    value_targets: NDArray[np.float32] | None = None
+    """[T], what they should have been"""
+    routed_experts: NDArray[np.int16] | None = None
+    """[T, layers, experts per token] that the engine recorded, −1 where it did not"""
     group: int = 0
     """Trajectories of one group stay in one minibatch when a batch is trained in several optimizer steps"""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
-        for name in ("loss_mask", "weight_mask", "behavior_logprobs", "staleness", "advantages"):
+        for name in _COLUMNS:
             column = getattr(self, name)
-            if np.ndim(column) and len(column) != n:
+            if column is not None and np.ndim(column) and len(column) != n:
                 raise ValueError(f"{name} has {len(column)} entries for {n} tokens: columns are per token")
         if n == 0:
             raise ValueError("a sequence has no tokens: there is nothing to condition on or to train")
@@ -85,10 +107,10 @@ def policy_batch(
     def column(values: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
         parts = [v[1:] for v in values]
         joined = np.concatenate(parts) if parts else np.zeros(0)
-        return torch.from_numpy(joined).to(device, dtype)
+        return to_device(joined, device, dtype)
 
     return PolicyBatch(
-        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths)).to(device, torch.int64),
+        sequence_ids=to_device(np.repeat(np.arange(len(sequences)), lengths), device),
         num_sequences=len(sequences),
         loss_mask=column([s.loss_mask for s in sequences], torch.float32),
         weight_mask=column([s.weight_mask for s in sequences], torch.float32),

@@ -2,7 +2,7 @@
 
 ::
 
-    sequences ─► minibatches (one per optimizer step) ─► microbatches of this DP rank ─► logits ─► log π_θ
+    sequences ─► minibatches (one per optimizer step) ─► microbatches of this DP rank ─► hidden states ─► log π_θ
                                                                                              │
     log π_prox, log π_ref, batch statistics: before the first step, on the whole batch ─► policy_loss ─► Megatron's
                                                                                              DDP and optimizer
@@ -33,7 +33,10 @@ from slime_async.correction import (
     batch_statistics,
     policy_loss,
 )
-from slime_async.learner.megatron.batch import Microbatch, column_logprobs, make_microbatch
+from slime_async.learner.critic import critic_loss, with_estimates
+from slime_async.learner.critic import shown as critic_shown
+from slime_async.learner.megatron.balance import auxiliary_losses_over, auxiliary_sums
+from slime_async.learner.megatron.batch import Microbatch, column_logprobs, column_values, make_microbatch
 from slime_async.learner.megatron.checkpoint import StateWrite, begin_write, read_state
 from slime_async.learner.megatron.model import LearnerModel, build_model
 from slime_async.learner.megatron.optimization import (
@@ -46,6 +49,7 @@ from slime_async.learner.megatron.optimization import (
     restore_state,
 )
 from slime_async.learner.megatron.parallel import shut_down, sum_over_data_and_pipeline
+from slime_async.learner.megatron.replay import check_routes
 from slime_async.learner.megatron.saving import write_checkpoint
 from slime_async.learner.megatron.schedule import run_microbatches
 from slime_async.learner.sequences import (
@@ -66,6 +70,10 @@ PhaseSpan = Callable[[str, int, int], None]
 """Called with a phase (prox, forward, optimizer), its start and its end by ``time.monotonic_ns``"""
 
 
+Routes = Sequence[NDArray[np.int16] | None]
+"""Per sequence the experts that its engine took, [T, layers, k], or None; empty where nobody's are followed"""
+
+
 class Counters(NamedTuple):
     """What training changes beside tensors."""
 
@@ -75,6 +83,20 @@ class Counters(NamedTuple):
     """After the warm-up"""
     holds_reference: bool
     """Whether the weights of the KL term's π_ref are held"""
+
+
+class OptimizerStep(NamedTuple):
+    """What one optimizer step of a batch did, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    tokens_computed: int
+    tokens_counted: int
+    sums: MetricSums
+    value_sums: Tensor
+    """Of ``critic_loss``"""
+    routers: dict[str, float]
+    """Auxiliary losses of a mixture of experts"""
 
 
 class Trainer:
@@ -92,12 +114,15 @@ class Trainer:
         """Told what a training step was busy with, and when"""
 
     @classmethod
-    def build(cls, config: Config, checkpoint: Path, on_progress: Progress = silent) -> Trainer:
+    def build(
+        cls, config: Config, checkpoint: Path, on_progress: Progress = silent, *, random_weights: bool = False
+    ) -> Trainer:
         """Join the other ranks that torchrun started (none is needed for one), and load Hugging Face weights.
 
-        Raises ``ValueError`` for options, layouts and checkpoints that cannot work.
+        ``random_weights``, for measurements of speed, reads nothing but the checkpoint's config.json. Raises
+        ``ValueError`` for options, layouts and checkpoints that cannot work.
         """
-        return cls(config, build_model(config, checkpoint, on_progress), checkpoint)
+        return cls(config, build_model(config, checkpoint, on_progress, random_weights=random_weights), checkpoint)
 
     @property
     def model(self) -> LearnerModel:
@@ -123,26 +148,32 @@ class Trainer:
         advantage is 0 everywhere has no gradient: it is counted in the denominators, but not computed.
         """
         algorithm, learner = self._config.algorithm, self._config.learner
+        judged: dict[str, float] = {}
+        if self._config.has_critic:
+            values = self.values([s.token_ids for s in sequences], self._routes(sequences))
+            sequences, judged = with_estimates(self._config.critic, sequences, values)
         minibatches = split_minibatches([s.group for s in sequences], learner.optimizer_steps)
         needs_prox = algorithm.prox == "recompute" and (learner.optimizer_steps > 1 or algorithm.needs_batch_statistics)
         with self._phase("prox", needs_prox or algorithm.needs_reference):
-            prox = self.logprobs([s.token_ids for s in sequences]) if needs_prox else None
+            prox = self.logprobs([s.token_ids for s in sequences], self._routes(sequences)) if needs_prox else None
             reference = self._reference_logprobs(sequences, version)
         statistics = None
         if algorithm.needs_batch_statistics:
             statistics = batch_statistics(algorithm, [policy_batch(sequences, prox, None, torch.device("cpu"))])
         steps = [self._policy_step(sequences, indices, prox, reference, statistics) for indices in minibatches]
-        losses, norms, computed, counted, sums = zip(*steps, strict=True)
+        counted = sum(step.tokens_counted for step in steps)
+        if self._config.has_critic:
+            judged |= critic_shown(torch.stack([step.value_sums for step in steps]).sum(0), counted)
         merged = MetricSums.zero(self._model.device)
-        for part in sums:
-            merged = merged.merge(part)
+        for step in steps:
+            merged = merged.merge(step.sums)
         return StepResult(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
+            loss=float(np.mean([step.loss for step in steps])),
+            grad_norm=float(np.mean([step.grad_norm for step in steps])),
             learning_rate=self._warmed_up_rate(self._steps - 1),
-            tokens_computed=sum(computed),
-            tokens_counted=sum(counted),
-            metrics=merged.finalise(),
+            tokens_computed=sum(step.tokens_computed for step in steps),
+            tokens_counted=counted,
+            metrics=merged.finalise() | judged | steps[-1].routers,
         )
 
     def train_supervised(
@@ -153,13 +184,13 @@ class Trainer:
         counted = sum(int(np.count_nonzero(mask[1:])) for _, mask in sequences)
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
 
-        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            logprobs, _ = column_logprobs(self._model, microbatch, logits, 1.0, entropy=False)
+        def loss(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            logprobs, _ = column_logprobs(self._model, microbatch, hidden, 1.0, entropy=False)
             masks = [sequences[i][1][1:] for i in microbatch.indices]
             mask = torch.from_numpy(np.concatenate([*masks, np.zeros(0)])).to(logprobs)
             share = -(logprobs * mask).sum() / max(counted, 1)
             total.add_(share.detach())
-            return share
+            return share + self._untrained_values(microbatch, hidden)
 
         microbatches = self._share(tokens, range(len(tokens)))
         norm = optimize(self._model, lambda: run_microbatches(self._model, microbatches, loss), learning_rate)
@@ -167,23 +198,42 @@ class Trainer:
         value = float(sum_over_data_and_pipeline(total))
         return StepResult(value, norm, learning_rate, sum(map(len, tokens)), counted, {"loss": value})
 
-    def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+    def logprobs(self, sequences: Sequence[NDArray[np.int32]], routes: Routes = ()) -> list[NDArray[np.float32]]:
         """Log π_θ of every token given those before it, after the sampling temperature: [T] per sequence of token ids.
 
-        Position 0 is 0. Every rank gets all sequences.
+        Position 0 is 0. Every rank gets all sequences. ``routes`` are the experts to take, per sequence.
         """
+
+        def column(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            return column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=False)[0]
+
+        return self._columns(sequences, routes, column)
+
+    def values(self, sequences: Sequence[NDArray[np.int32]], routes: Routes = ()) -> list[NDArray[np.float32]]:
+        """The critic's value of the state before every token: [T] per sequence of token ids; position 0 is 0."""
+        return self._columns(
+            sequences, routes, lambda microbatch, hidden: column_values(self._model, microbatch, hidden)
+        )
+
+    def _columns(
+        self,
+        sequences: Sequence[NDArray[np.int32]],
+        routes: Routes,
+        compute: Callable[[Microbatch, Tensor], Tensor],
+    ) -> list[NDArray[np.float32]]:
+        """A forward pass over all sequences, and one number per token of it on every rank."""
         ends = np.cumsum([len(s) for s in sequences])
         flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self._model.device)
 
-        def collect(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            columns, _ = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=False)
+        def collect(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            columns = compute(microbatch, hidden)
             spans = [np.arange(ends[i] - len(sequences[i]) + 1, ends[i]) for i in microbatch.indices]
             rows = torch.from_numpy(np.concatenate([*spans, np.zeros(0, dtype=np.int64)]))
             flat[rows.to(flat.device)] = columns.detach()
             return columns.sum()
 
         with torch.no_grad():
-            microbatches = self._share(sequences, range(len(sequences)))
+            microbatches = self._share(sequences, range(len(sequences)), routes)
             run_microbatches(self._model, microbatches, collect, forward_only=True)
         values: NDArray[np.float32] = sum_over_data_and_pipeline(flat).cpu().numpy()
         return np.split(values, ends[:-1]) if len(ends) else []
@@ -261,18 +311,18 @@ class Trainer:
         prox: Columns | None,
         reference: Columns | None,
         statistics: BatchStatistics | None,
-    ) -> tuple[float, float, int, int, MetricSums]:
-        """One optimizer step; loss, gradient norm, tokens computed and counted, metric sums of all ranks."""
+    ) -> OptimizerStep:
         algorithm = self._config.algorithm
         sampled = [sequences[i].sampled_tokens for i in minibatch]
         denominators = Denominators(tokens=sum(sampled), sequences=sum(n > 0 for n in sampled))
-        skips = algorithm.kl_coef == 0 and algorithm.entropy_coef == 0
+        skips = algorithm.kl_coef == 0 and algorithm.entropy_coef == 0 and not self._config.has_critic
         computed = [i for i in minibatch if sequences[i].has_advantage or not skips]
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         sums = [MetricSums.zero(self._model.device)]
+        value_sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
 
-        def loss(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            current, entropy = column_logprobs(self._model, microbatch, logits, self._temperature, entropy=True)
+        def loss(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            current, entropy = column_logprobs(self._model, microbatch, hidden, self._temperature, entropy=True)
             chosen = microbatch.indices
             batch = policy_batch(
                 [sequences[i] for i in chosen],
@@ -281,11 +331,18 @@ class Trainer:
                 self._model.device,
             )
             result = policy_loss(algorithm, current, entropy, batch, denominators, statistics)
-            total.add_(result.loss.detach())
+            whole = result.loss
+            if self._config.has_critic:
+                values = column_values(self._model, microbatch, hidden)
+                own = [sequences[i] for i in chosen]
+                share, parts = critic_loss(self._config.critic, values, own, float(denominators.tokens))
+                whole = whole + share
+                value_sums.add_(parts)
+            total.add_(whole.detach())
             sums[0] = sums[0].merge(result.sums)
-            return result.loss
+            return whole
 
-        microbatches = self._share([s.token_ids for s in sequences], computed)
+        microbatches = self._share([s.token_ids for s in sequences], computed, self._routes(sequences))
         rate = self._warmed_up_rate(self._steps)
         ends: list[int] = []
 
@@ -294,7 +351,9 @@ class Trainer:
                 run_microbatches(self._model, microbatches, loss)
             ends.append(time.monotonic_ns())
 
-        norm = optimize(self._model, accumulate, rate)
+        tokens = sum(len(sequences[i].token_ids) for i in computed)
+        with auxiliary_losses_over(self._model, tokens):
+            norm = optimize(self._model, accumulate, rate)
         if self.on_phase is not None:
             self.on_phase("optimizer", ends[0], time.monotonic_ns())
         self._steps += 1
@@ -302,8 +361,15 @@ class Trainer:
             sum_over_data_and_pipeline(sums[0].sums),
             sum_over_data_and_pipeline(sums[0].maxima, dist.ReduceOp.MAX),
         )
-        tokens = sum(len(sequences[i].token_ids) for i in computed)
-        return float(sum_over_data_and_pipeline(total)), norm, tokens, int(denominators.tokens), joined
+        return OptimizerStep(
+            loss=float(sum_over_data_and_pipeline(total)),
+            grad_norm=norm,
+            tokens_computed=tokens,
+            tokens_counted=int(denominators.tokens),
+            sums=joined,
+            value_sums=sum_over_data_and_pipeline(value_sums).cpu(),
+            routers=auxiliary_sums(self._model, len(microbatches)),
+        )
 
     @contextmanager
     def _phase(self, name: str, happens: bool = True) -> Iterator[None]:
@@ -312,13 +378,30 @@ class Trainer:
         if self.on_phase is not None and happens:
             self.on_phase(name, begun, time.monotonic_ns())
 
-    def _share(self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int]) -> list[Microbatch]:
+    def _untrained_values(self, microbatch: Microbatch, hidden: Tensor) -> Tensor | float:
+        """Nothing, with a gradient of nothing: a critic's parameters take part in every backward pass."""
+        return 0.0 * column_values(self._model, microbatch, hidden).sum() if self._config.has_critic else 0.0
+
+    def _routes(self, sequences: Sequence[TrainSequence]) -> Routes:
+        routes = [s.routed_experts for s in sequences]
+        if not self._config.learner.replay_routing or all(r is None for r in routes):
+            return ()
+        check_routes(self._model.architecture, routes)
+        return routes
+
+    def _share(
+        self, tokens: Sequence[NDArray[np.int32]], indices: Sequence[int], routes: Routes = ()
+    ) -> list[Microbatch]:
         """This DP rank's microbatches of the chosen sequences."""
         lengths = [-(-len(tokens[i]) // self._model.alignment) * self._model.alignment for i in indices]
-        packing = pack(lengths, self._config.learner.microbatch_tokens, parallel_state.get_data_parallel_world_size())
+        layout, budget = self._model.layout, self._config.learner.microbatch_tokens
+        packing = pack(lengths, budget, layout.data, layout.pipeline if layout.virtual > 1 else 1)
         mine = packing.ranks[parallel_state.get_data_parallel_rank()]
         chosen = [[indices[i] for i in microbatch] for microbatch in mine]
-        return [make_microbatch(self._model, m, [tokens[i] for i in m]) for m in chosen]
+        return [
+            make_microbatch(self._model, m, [tokens[i] for i in m], [routes[i] for i in m] if routes else ())
+            for m in chosen
+        ]
 
     def _reference_logprobs(self, sequences: Sequence[TrainSequence], version: int) -> Columns | None:
         if not self._config.algorithm.needs_reference:

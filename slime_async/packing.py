@@ -4,8 +4,9 @@
 
 1. Every sequence is in exactly one microbatch of exactly one rank.
 2. No microbatch holds more tokens than the budget, unless a single sequence is longer: it is then alone in its own.
-3. Every rank gets equally many microbatches, since pipeline schedules and collectives run in lockstep. Some are empty
-   only where there are fewer sequences than microbatches, and then no microbatch holds two.
+3. Every rank gets equally many microbatches, since pipeline schedules and collectives run in lockstep, and a
+   ``multiple`` of them, which interleaved schedules need. Some are empty only where there are fewer sequences than
+   microbatches, and then no microbatch holds two.
 4. The loads of any two ranks, and of any two microbatches, differ by at most the longest sequence.
 5. The result depends on the arguments alone: all ranks compute the same packing without talking to each other.
 """
@@ -29,21 +30,22 @@ class Packing:
         return len(self.ranks[0])
 
 
-def pack(lengths: Sequence[int], budget_tokens: int, ranks: int = 1) -> Packing:
+def pack(lengths: Sequence[int], budget_tokens: int, ranks: int = 1, multiple: int = 1) -> Packing:
     """Assign sequences of ``lengths`` tokens to the microbatches of ``ranks`` ranks.
 
     The longest are placed first, each into the emptiest microbatch (LPT scheduling, Graham 1969); when one does not fit
-    there, every rank gets one more microbatch and placing starts over. Raises ``ValueError`` when a number is below 1.
+    there, every rank gets ``multiple`` more microbatches and placing starts over. Raises ``ValueError`` when a number
+    is below 1.
     """
-    if budget_tokens < 1 or ranks < 1 or min(lengths, default=1) < 1:
+    if min(budget_tokens, ranks, multiple, *lengths) < 1:
         raise ValueError(
-            f"budget_tokens = {budget_tokens}, ranks = {ranks} and every length (least: {min(lengths, default=1)}) "
-            "must be at least 1"
+            f"budget_tokens = {budget_tokens}, ranks = {ranks}, multiple = {multiple} and every length (least: "
+            f"{min(lengths, default=1)}) must be at least 1"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = max(1, -(-sum(lengths) // (budget_tokens * ranks)))
+    count = multiple * max(1, -(-sum(lengths) // (budget_tokens * ranks * multiple)))
     while (bins := _place(lengths, order, budget_tokens, count * ranks)) is None:
-        count += 1
+        count += multiple
     return Packing(_share_out(bins, ranks))
 
 

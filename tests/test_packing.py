@@ -36,9 +36,18 @@ def test_all_ranks_get_equally_many_microbatches(lengths: list[int], budget: int
     assert packing.microbatches >= 1
 
 
-@given(LENGTHS, BUDGET, RANKS)
-def test_a_microbatch_is_empty_only_when_no_other_holds_two(lengths: list[int], budget: int, ranks: int) -> None:
-    sizes = [len(m) for rank in pack(lengths, budget, ranks).ranks for m in rank]
+@given(LENGTHS, BUDGET, RANKS, st.integers(1, 4))
+def test_microbatches_come_in_multiples(lengths: list[int], budget: int, ranks: int, multiple: int) -> None:
+    packing = pack(lengths, budget, ranks, multiple)
+    assert packing.microbatches % multiple == 0
+    assert sorted(i for rank in packing.ranks for m in rank for i in m) == list(range(len(lengths)))
+
+
+@given(LENGTHS, BUDGET, RANKS, st.integers(1, 4))
+def test_a_microbatch_is_empty_only_when_no_other_holds_two(
+    lengths: list[int], budget: int, ranks: int, multiple: int
+) -> None:
+    sizes = [len(m) for rank in pack(lengths, budget, ranks, multiple).ranks for m in rank]
     assert min(sizes) > 0 or max(sizes) <= 1
 
 

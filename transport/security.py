@@ -26,7 +26,7 @@ from zmq.utils import z85
 from slime_async.addresses import is_loopback
 from slime_async.config.errors import ConfigError
 from slime_async.config.schema import HubConfig
-from slime_async.transport.coders import Limits
+from slime_async.transport.buffers import Limits
 from slime_async.transport.stream import Stream, new_socket
 
 HUB_KEY = "hub.key"

@@ -14,17 +14,21 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from slime_async.learner.megatron.fused import norm_and_rotate
 
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 _SMALLEST_BUCKET = 16
@@ -58,6 +62,13 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a packed batch, with our plan for it."""
 
     plan: AttentionPlan | None = None
+    cos: Tensor | None = None
+    """[P, dim / 2], fp32: of each token's rotary angles; None where Megatron's own attention computes them"""
+    sin: Tensor | None = None
+    routes: Tensor | None = None
+    """[layers, P / sp, k], the experts that an engine recorded"""
+    ends: Tensor | None = None
+    """``cu_seqlens_q`` on the device, for ``varlen_attn``"""
 
 
 def local_positions(length: int, cp_rank: int, cp_size: int) -> NDArray[np.int64]:
@@ -160,17 +171,80 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         return out.transpose(1, 2).flatten(0, 1)
 
     def _variable_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        options: dict[str, Any] = {"scale": self._scale}
-        options |= {"is_causal": True} if "is_causal" in _VARLEN_OPTIONS else {"window_size": (-1, 0)}
-        if query.size(1) != key.size(1):
-            if "enable_gqa" in _VARLEN_OPTIONS:
-                options["enable_gqa"] = True
-            else:
-                key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
-        ends = packed.cu_seqlens_q.to(query.device, non_blocking=True)
-        out = varlen_attn(query, key, value, ends, ends, packed.max_seqlen_q, packed.max_seqlen_kv, **options)
-        assert isinstance(out, Tensor), "only asked for the output"
-        return out
+        if query.size(1) != key.size(1) and not groups_queries():
+            key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+        assert packed.ends is not None
+        return variable_length_attention(query, key, value, packed.ends, packed.max_seqlen_q, self._scale)
+
+
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron's self-attention for packed batches: norms of queries and keys and RoPE are one fused function."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *_: object,
+        packed_seq_params: PackedSequences | None = None,
+        **__: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[P / sp, 1, hidden] → the same, and the projection's bias."""
+        packed = packed_seq_params
+        assert packed is not None, "the learner trains on packed batches only"
+        assert packed.cos is not None, "made with the microbatch"
+        assert packed.sin is not None
+        mixed, _bias = self.linear_qkv(hidden_states)
+        groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = self.num_attention_heads_per_partition // groups
+        query, key, value = mixed.view(mixed.size(0), groups, heads + 2, dim).split([heads, 1, 1], 2)
+        query, key = norm_and_rotate(
+            query,
+            key,
+            getattr(self.q_layernorm, "weight", None),
+            getattr(self.k_layernorm, "weight", None),
+            packed.cos,
+            packed.sin,
+            self.config.layernorm_epsilon,
+        )
+        attend = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            attend = self._checkpointed_attention_forward
+        context = attend(query, key, value[:, :, 0], attention_mask, packed_seq_params=packed)
+        return cast("tuple[Tensor, Tensor | None]", self.linear_proj(context[:, None]))
+
+
+def variable_length_attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float
+) -> Tensor:
+    """Causal attention within each sequence: [T, heads, dim], by the flash kernels that torch brings along."""
+    options: dict[str, Any] = {"scale": scale}
+    options |= {"is_causal": True} if "is_causal" in _VARLEN_OPTIONS else {"window_size": (-1, 0)}
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = query.size(1) != key.size(1)
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+    assert isinstance(out, Tensor), "only asked for the output"
+    return out
+
+
+@cache
+def groups_queries() -> bool:
+    """Whether ``varlen_attn`` takes fewer key than query heads.
+
+    Its kernels do; where a release has no ``enable_gqa`` a small case says whether it lets them.
+    """
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        return True
+    q, k = (torch.randn(8, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (2, 1))
+    ends = torch.tensor([0, 8], device="cuda", dtype=torch.int32)
+    try:
+        with torch.enable_grad():
+            grouped = variable_length_attention(q, k, k, ends, 8, 0.125)
+            twice = k.repeat_interleave(2, 1)
+            repeated = variable_length_attention(q, twice, twice, ends, 8, 0.125)
+            slope, wanted = (torch.autograd.grad(out.float().sum(), k)[0] for out in (grouped, repeated))
+    except (RuntimeError, ValueError):
+        return False
+    return torch.allclose(grouped, repeated, atol=1e-2) and torch.allclose(slope, wanted, atol=5e-2)
 
 
 def has_varlen_kernel(dtype: torch.dtype, cp_size: int) -> bool:

@@ -93,11 +93,12 @@ def read_state(
     Returns the reference weights where asked for, in the order of the model's parameters. ``random`` restores this
     rank's generators, which only the layout that wrote them has. ``optimizer_steps`` is what Adam had counted.
     """
-    parameters = list(model.ddp.parameters())
+    parameters = model.parameters()
     held = [torch.empty_like(p) for p in parameters] if reference else None
     wanted = _sharded_state(model, blank_states(model), held) | ({"random": _random_state()} if random else {})
     loaded = dist_checkpointing.load(wanted, str(directory))
-    model.ddp.module.load_state_dict(loaded["model"])
+    for i, chunk in enumerate(model.chunks):
+        chunk.module.load_state_dict(loaded["model"][i])
     set_parameter_states(model, {p: loaded["optimizer"][i] for i, p in enumerate(parameters)}, optimizer_steps)
     if random:
         _restore_random_state(loaded["random"])
@@ -109,7 +110,7 @@ def _sharded_state(
 ) -> dict[str, Any]:
     """Every tensor with its place in the whole: an optimizer's lies where its parameter's does."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    weights = model.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
+    weights = {i: c.module.sharded_state_dict(metadata={"dp_cp_group": group}) for i, c in enumerate(model.chunks)}
     places = {id(shard.data): shard for shard in nested_values(weights)}
 
     def like(parameter: Parameter, prefix: str, tensor: Tensor) -> Any:
@@ -117,8 +118,8 @@ def _sharded_state(
         dtype = {"dtype": tensor.dtype} if isinstance(place, ShardedTensor) else {}
         return replace(place, key=f"{prefix}.{place.key}", data=tensor, **dtype)
 
-    parameters = list(model.ddp.parameters())
-    state = {"model": weights}
+    parameters = model.parameters()
+    state: dict[str, Any] = {"model": weights}
     if states:
         state["optimizer"] = {
             i: {name: like(p, f"optimizer.{name}", tensor) for name, tensor in states[p].items()}

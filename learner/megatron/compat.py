@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from slime_async.learner.megatron import weight_gradients
+
 SUPPORTED_VERSION = "0.16.1"
 """The release whose internals this module was written against; a test holds it."""
 
@@ -102,7 +104,9 @@ _CPU_TORCH = _torch_without_cuda()
 def install() -> None:
     """Prepare the ``megatron.core`` modules that are loaded now; call again after importing more of them."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import layers
 
+    weight_gradients.install(layers)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_without_transformer_engine(distrib_optimizer.DistributedOptimizer)
         optimizer.clip_grad_by_total_norm_fp32 = _clip_by_total_norm
@@ -126,6 +130,15 @@ def install() -> None:
 def _to_numpy_if_asked(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """The stock function converts CUDA tensors alone; on the CPU the values are wanted as numpy all the same."""
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
+
+
+def fuse_adam(optimizer: Any) -> None:
+    """Have torch's AdamW, which megatron-core falls back to, update all parameters of a group in a few CUDA kernels."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                if all(p.is_cuda for p in group["params"]):
+                    group.update(fused=True, foreach=False)
 
 
 @contextlib.contextmanager
@@ -160,8 +173,12 @@ def _total_norm(_chunk: int, _overflow: torch.Tensor, tensors: list[list[torch.T
 
 
 def _mend_without_transformer_engine(distributed: Any) -> None:
-    """Three defects of 0.16.1 where neither TransformerEngine nor Apex is installed, on GPUs too."""
+    """Four defects of 0.16.1 where neither TransformerEngine nor Apex is installed, on GPUs too."""
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
+
+    # recomputed norms ask TransformerEngine about fp8 unless this is None, but the default is False
+    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
     if not hasattr(moe_utils, "te_general_gemm"):  # tested against None, but never bound: NameError in fp32 routers
         moe_utils.te_general_gemm = None

@@ -4,13 +4,16 @@ RMSNorm and ``TorchAttention``."""
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,8 +23,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
-from slime_async.learner.megatron.attention import TorchAttention
+from slime_async.learner.megatron.attention import PackedSelfAttention, TorchAttention
+from slime_async.learner.megatron.fused import swiglu
 
 
 def has_transformer_engine() -> bool:
@@ -42,23 +47,78 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules | ModuleSpec:
-    """What this pipeline stage's decoder is made of."""
+class ValueHead(torch.nn.Module):
+    """A critic's: one number per hidden state, 0 before it is trained."""
+
+    def __init__(self, config: TransformerConfig, *, train_trunk: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._train_trunk = train_trunk
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P / sp, 1, h] → [P / sp] in fp32"""
+        hidden = hidden if self._train_trunk else hidden.detach()
+        return (hidden[:, 0].float() * self.weight.float()).sum(-1)
+
+
+class SwiGLU(MLP):  # type: ignore[misc]
+    """Megatron's dense MLP with the fused activation."""
+
+    recomputes: ClassVar = False
+    """Whether the backward pass computes the activation again, from what the first product gave"""
+
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
+        gate_up, _bias = self.linear_fc1(hidden_states)
+        inner = swiglu(gate_up)
+        with kept_as(inner, partial(swiglu, gate_up.detach())) if self.recomputes else nullcontext():
+            return cast("tuple[Tensor, Tensor | None]", self.linear_fc2(inner))
+
+
+class RecomputedSwiGLU(SwiGLU):
+    recomputes: ClassVar = True
+
+
+@contextmanager
+def kept_as(tensor: Tensor, recompute: Callable[[], Tensor]) -> Iterator[None]:
+    """What is computed inside remembers ``recompute`` for its backward pass, and not ``tensor``."""
+    address, shape = tensor.data_ptr(), tensor.shape
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        return recompute if saved.data_ptr() == address and saved.shape == shape else saved
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def block_spec(
+    config: TransformerConfig, virtual_stage: int | None, *, recompute_elementwise: bool
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """What this (virtual) pipeline stage's decoder is made of."""
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    layer = torch_layer_spec(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layer = torch_layer_spec(config, RecomputedSwiGLU if recompute_elementwise else SwiGLU)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=RMSNorm
+    )
 
 
-def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One pre-norm decoder layer, dense or MoE, in megatron-core and torch modules."""
+def torch_layer_spec(config: TransformerConfig, dense: type[SwiGLU]) -> ModuleSpec:
+    """One pre-norm decoder layer, with a dense MLP or a mixture of experts, in megatron-core and torch modules."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=PackedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -75,15 +135,13 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp_spec(config.num_moe_experts),
+            mlp=dense if config.num_moe_experts is None else _experts_spec(),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _mlp_spec(num_experts: int | None) -> ModuleSpec:
+def _experts_spec() -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if num_experts is None:
-        return ModuleSpec(module=MLP, submodules=linears)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))

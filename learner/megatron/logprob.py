@@ -1,9 +1,19 @@
-"""Log-probability and entropy of tokens whose vocabulary is split over tensor-parallel ranks.
+"""Log-probability and entropy of tokens straight from hidden states, without the logits of a whole microbatch.
 
-With z the logits of a token, Z = Σ exp z: ``log p(y) = z_y − log Z`` and ``H = log Z − Σ p z``. Tokens are taken in
-chunks, so that no fp32 copy of all logits ever exists: the forward pass keeps the logits as they came and two numbers
-per token; the backward pass recomputes each chunk's softmax and writes the gradient in the logits' own dtype. Between
-ranks travel three numbers per token.
+With z = h Wᵀ the logits of a token and Z = Σ exp z: ``log p(y) = z_y − log Z`` and ``H = log Z − Σ p z``. Tokens are
+taken in chunks: the forward pass keeps two numbers per token, the backward pass computes each chunk's logits again and
+turns them into gradients of hidden states and weights. No fp32 copy of logits ever exists, and of the half-precision
+ones only a chunk. W's rows may be split over tensor-parallel ranks, between which four numbers per token travel.
+
+Memory for T tokens, vocabulary V and hidden size h, 2-byte weights, beside the gradient of W itself:
+
+====================  ===================================  ==========================
+way                   bytes                                T = 8,192, V = 151,936
+====================  ===================================  ==========================
+plain                 2·T·V, and 4·T·V at least twice      12.4 GB
+here                  2·chunk (``CHUNK_BYTES``)            2.1 GB
+here, logits kept     2·T·V and a chunk                    3.6 GB
+====================  ===================================  ==========================
 """
 
 from __future__ import annotations
@@ -14,20 +24,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 25
-"""Logits per chunk: 128 MiB in fp32"""
+from slime_async.learner.megatron.fused import logit_gradient, logit_statistics
+
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+"""Of one chunk's logits: enough rows that a GPU's matrix product runs at its full rate"""
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float, vocab_size: int, group: dist.ProcessGroup, entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    entropy: bool,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """[T] fp32 log-probabilities of ``targets`` [T] after temperature, and the entropies [T] if asked for.
 
-    ``logits`` [T, V/tp] are this rank's columns; columns at and beyond ``vocab_size`` pad the vocabulary and get no
-    probability.
+    ``hidden`` is [T, h] and ``weight`` [V/tp, h] this rank's rows; rows at and beyond ``vocab_size`` pad the vocabulary
+    and get no probability. The gradient of ``hidden`` is this rank's part: the caller adds up over ``group``.
+    ``keep_logits`` saves the second computation of the logits at the price of their memory.
     """
     logprobs, entropies = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
-        logits, targets, 1.0 / temperature, vocab_size, group, entropy
+        hidden, weight, targets, 1.0 / temperature, vocab_size, group, keep_logits
     )
     return logprobs, (entropies if entropy else None)
 
@@ -35,64 +56,73 @@ def token_logprobs(
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, scale: float, vocab_size: int, group: Any, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        keep_logits: bool,
     ) -> tuple[Tensor, Tensor]:
-        first = group.rank() * logits.size(1)
-        real = min(max(vocab_size - first, 0), logits.size(1))
+        first, columns = group.rank() * weight.size(0), weight.size(0)
+        real = min(max(vocab_size - first, 0), columns)
         column = targets - first
-        mine = (column >= 0) & (column < logits.size(1))
-        column = column.clamp(0, logits.size(1) - 1)
-        log_z = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
-        chosen, mean = torch.empty_like(log_z), torch.zeros_like(log_z)
-        for rows in _chunks(logits):
-            z = _scaled(logits[rows], scale, real)
-            top = z.amax(1)
-            if group.size() > 1:
-                dist.all_reduce(top, dist.ReduceOp.MAX, group)
-            at_target = z.gather(1, column[rows, None])[:, 0]
-            exp = (z - top[:, None]).exp_()
-            weighted = (exp * z.masked_fill(exp == 0, 0.0)).sum(1) if entropy else torch.zeros_like(top)
-            sums = torch.stack([exp.sum(1), torch.where(mine[rows], at_target, 0.0), weighted])
-            if group.size() > 1:
-                dist.all_reduce(sums, group=group)
-            log_z[rows] = sums[0].log() + top
-            chosen[rows] = sums[1]
-            mean[rows] = sums[2] / sums[0]
-        ctx.save_for_backward(logits, column, mine, log_z, mean)
-        ctx.scale, ctx.real = scale, real
+        column = torch.where((column >= 0) & (column < columns), column, -1)
+        parts, kept = [], []
+        for rows in _chunks(hidden, columns):
+            logits = hidden[rows] @ weight.t()
+            parts.append(torch.stack(logit_statistics(logits, column[rows], scale, real)))
+            if keep_logits:
+                kept.append(logits)
+        log_z, mean, at_target = _joined(torch.cat(parts, 1), group)
+        ctx.save_for_backward(hidden, weight, column, log_z, mean)
+        ctx.scale, ctx.real, ctx.kept = scale, real, kept
         ctx.set_materialize_grads(False)  # no gradient of the entropy is the common case, and costs nothing then
-        return chosen - log_z, log_z - mean
+        return at_target - log_z, log_z - mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, column, mine, log_z, mean = ctx.saved_tensors
+        hidden, weight, column, log_z, mean = ctx.saved_tensors
         grad_logprob, grad_entropy = grads
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(log_z)
-        grad = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            z = _scaled(logits[rows], ctx.scale, ctx.real)
-            p = (z - log_z[rows, None]).exp_()
-            slope = -grad_logprob[rows, None]
-            if grad_entropy is not None:  # dH/dz = −p (z − Σ p z)
-                slope = slope - grad_entropy[rows, None] * (z.masked_fill(p == 0, 0.0) - mean[rows, None])
-            p *= slope
-            p.scatter_add_(1, column[rows, None], torch.where(mine[rows], grad_logprob[rows], 0.0)[:, None])
-            grad[rows] = p if ctx.scale == 1.0 else p * ctx.scale
-        return grad, None, None, None, None, None
+        grad_hidden = torch.empty_like(hidden)
+        chunks = _chunks(hidden, weight.size(0))
+        # one chunk's product is the gradient; the sum over several is kept in fp32
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if len(chunks) > 1 else None
+        for i, rows in enumerate(chunks):
+            logits = ctx.kept[i] if ctx.kept else hidden[rows] @ weight.t()
+            slope = None if grad_entropy is None else grad_entropy[rows]
+            grad = logit_gradient(
+                logits, column[rows], log_z[rows], mean[rows], grad_logprob[rows], slope, ctx.scale, ctx.real
+            )
+            del logits
+            if ctx.kept:
+                ctx.kept[i] = None
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            part = grad.t() @ hidden[rows]
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        assert grad_weight is not None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _scaled(logits: Tensor, scale: float, real: int) -> Tensor:
-    """fp32 logits after temperature, −∞ in padded columns."""
-    z = logits.float()
-    if scale != 1.0:
-        z = z * scale
-    if real < z.size(1):
-        z = z.clone() if z.data_ptr() == logits.data_ptr() else z
-        z[:, real:] = -torch.inf
-    return z
+def _joined(statistics: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """[4, T] of this rank's columns → log Z, Σ p z and the target's logit over all columns."""
+    top, total, weighted, at_target = statistics.unbind()
+    if group.size() > 1:
+        highest = top.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        shift = (top - highest).exp()
+        sums = torch.stack([total * shift, weighted * shift, at_target])
+        dist.all_reduce(sums, group=group)
+        top, (total, weighted, at_target) = highest, sums.unbind()
+    return total.log() + top, weighted / total, at_target
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // logits.size(1))
-    return [slice(i, i + size) for i in range(0, logits.size(0), size)]
+def _chunks(hidden: Tensor, columns: int) -> list[slice]:
+    """Slices of a power of two rows, as many as have logits of ``CHUNK_BYTES`` at most."""
+    tokens = hidden.size(0)
+    most = max(1, CHUNK_BYTES[hidden.device.type] // (columns * hidden.element_size()))
+    size = 1 << (most.bit_length() - 1)
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]

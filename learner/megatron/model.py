@@ -9,23 +9,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from slime_async.config.schema import Config
-from slime_async.learner.megatron import compat
+from slime_async.learner.megatron import compat, weight_gradients
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.attention import has_varlen_kernel
-from slime_async.learner.megatron.layers import block_spec, has_transformer_engine
-from slime_async.learner.megatron.options import Layout, MegatronOptions, check_layout, parse_options
+from slime_async.learner.megatron.gpt import PackedGPT, build_chunks
+from slime_async.learner.megatron.layers import ValueHead, has_transformer_engine
+from slime_async.learner.megatron.options import (
+    Layout,
+    MegatronOptions,
+    check_layout,
+    parse_options,
+    with_recomputed_norms,
+)
 from slime_async.learner.megatron.parallel import initialize, world_size_from_environment
+from slime_async.learner.megatron.replay import replay_in
 from slime_async.learner.megatron.weights import WeightMap
 from slime_async.telemetry.progress import Progress, silent
 
@@ -37,17 +44,37 @@ class LearnerModel:
     architecture: Architecture
     layout: Layout
     config: TransformerConfig
-    ddp: DistributedDataParallel
+    chunks: tuple[DistributedDataParallel, ...]
+    """Of this pipeline stage: several where stages are interleaved, the last stage's last one has the output"""
     optimizer: MegatronOptimizer
     weights: WeightMap
     device: torch.device
     dense_attention: bool
     """Whether attention takes an ``AttentionPlan``"""
+    keep_logits: bool
+    """Whether training keeps logits from the forward to the backward pass"""
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes logits."""
-        return bool(parallel_state.is_pipeline_last_stage())
+    def output_weight(self) -> Tensor:
+        """[V / tp, h], of the last pipeline stage."""
+        weight: Tensor = self.chunks[-1].module.output_matrix()
+        return weight
+
+    @property
+    def value_head(self) -> torch.nn.Module:
+        """The critic's, of the last pipeline stage."""
+        head: torch.nn.Module = self.chunks[-1].module.value_head
+        return head
+
+    @property
+    def rotary_frequencies(self) -> Tensor:
+        """[dim / 2], radians per position"""
+        frequencies: Tensor = self.chunks[0].module.rotary_pos_emb.inv_freq
+        return frequencies
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Of all chunks, in order."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     @property
     def alignment(self) -> int:
@@ -55,29 +82,42 @@ class LearnerModel:
         return 2 * self.layout.context if self.layout.context > 1 else 1
 
 
-def build_model(config: Config, checkpoint: Path, on_progress: Progress = silent) -> LearnerModel:
-    """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed."""
+def build_model(
+    config: Config, checkpoint: Path, on_progress: Progress = silent, *, random_weights: bool = False
+) -> LearnerModel:
+    """Raises ``ValueError`` for options, layouts and checkpoints that cannot work, before any group is formed.
+
+    With ``random_weights`` the checkpoint needs only its config.json: weights stay as Megatron initialises them.
+    """
     architecture = Architecture.read(checkpoint)
     options = parse_options(config.megatron, world_size_from_environment())
     check_layout(options.layout, architecture, config.megatron)
     compat.install()
     device = initialize(options.layout, config.run.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
+    if config.learner.recompute_elementwise:
+        options = with_recomputed_norms(options)
     model_config = transformer_config(architecture, options, dtype)
-    module = _gpt_model(architecture, model_config, options.layout)
-    layers = architecture.layers // options.layout.pipeline
-    first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
-    WeightMap(architecture, module, first_layer, layers).load(checkpoint, on_progress)
-    ddp, optimizer = _ddp_and_optimizer(config, model_config, module, options, dtype)
+    recompute = config.learner.recompute_elementwise
+    modules = build_chunks(architecture, model_config, options.layout, recompute_elementwise=recompute)
+    for module in modules:
+        replay_in(module)
+    if config.has_critic and modules[-1].post_process:
+        modules[-1].value_head = ValueHead(model_config, train_trunk=config.critic.train_trunk).to(device)
+    weights = WeightMap(architecture, options.layout, modules)
+    if not random_weights:
+        weights.load(checkpoint, on_progress)
+    chunks, optimizer = _ddp_and_optimizer(config, model_config, modules, options, dtype)
     return LearnerModel(
         architecture=architecture,
         layout=options.layout,
         config=model_config,
-        ddp=ddp,
+        chunks=chunks,
         optimizer=optimizer,
-        weights=WeightMap(architecture, module, first_layer, layers),
+        weights=weights,
         device=device,
         dense_attention=not (has_transformer_engine() or has_varlen_kernel(dtype, options.layout.context)),
+        keep_logits=config.learner.keep_logits,
     )
 
 
@@ -104,11 +144,11 @@ def transformer_config(model: Architecture, options: MegatronOptions, dtype: tor
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "bias_activation_fusion": fused,
-        "bias_dropout_fusion": fused,
+        "bias_dropout_fusion": False,  # without bias and dropout an addition is left
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": weight_gradients.available(),
         "use_cpu_initialization": not torch.cuda.is_available(),
         "variable_seq_lengths": True,  # packed batches differ in length, and pipeline stages must learn of it
         "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths
@@ -127,33 +167,19 @@ def transformer_config(model: Architecture, options: MegatronOptions, dtype: tor
     return TransformerConfig(**fields | options.model)
 
 
-def padded_vocabulary(model: Architecture, layout: Layout) -> int:
-    """Rows of embedding and output layer over all tensor-parallel ranks."""
-    return -(-model.vocab_size // layout.tensor) * layout.tensor
-
-
-def _gpt_model(model: Architecture, config: TransformerConfig, layout: Layout) -> GPTModel:
-    module = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        vocab_size=padded_vocabulary(model, layout),
-        max_sequence_length=model.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        rotary_base=model.rope_theta,
-        rope_scaling=model.rope_factor is not None,
-        rope_scaling_factor=model.rope_factor or 1.0,
-        share_embeddings_and_output_weights=model.tied,
-    )
-    return module.to(config.params_dtype).cuda()
-
-
 def _ddp_and_optimizer(
-    config: Config, model_config: TransformerConfig, module: GPTModel, options: MegatronOptions, dtype: torch.dtype
-) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    config: Config,
+    model_config: TransformerConfig,
+    modules: list[PackedGPT],
+    options: MegatronOptions,
+    dtype: torch.dtype,
+) -> tuple[tuple[DistributedDataParallel, ...], MegatronOptimizer]:
     ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True} | options.ddp)
-    ddp = DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module)
+    chunks = tuple(
+        # buckets are for overlap with the backward pass, which ends with the first chunk
+        DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module, disable_bucketing=i > 0)
+        for i, module in enumerate(modules)
+    )
     learner = config.learner
     ours = {
         "lr": learner.learning_rate,
@@ -165,13 +191,15 @@ def _ddp_and_optimizer(
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
     }
-    with compat.types_named_as_on_cuda(ddp.parameters()):
-        optimizer = get_megatron_optimizer(OptimizerConfig(**ours | options.optimizer), [ddp])
+    with compat.types_named_as_on_cuda(p for chunk in chunks for p in chunk.parameters()):
+        optimizer = get_megatron_optimizer(OptimizerConfig(**ours | options.optimizer), list(chunks))
+    compat.fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = _add_up_gradients
     if ddp_config.overlap_grad_reduce:
-        model_config.no_sync_func = ddp.no_sync
-    return ddp, optimizer
+        no_syncs = [chunk.no_sync for chunk in chunks]
+        model_config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
+    return chunks, optimizer
 
 
 def _add_up_gradients(model: list[Any], _num_tokens: torch.Tensor | None = None, **groups: Any) -> None:

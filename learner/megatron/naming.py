@@ -23,6 +23,8 @@ from slime_async.learner.megatron.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+VALUE_HEAD = "value_head."
+"""A critic's parameters, which no Hugging Face checkpoint has"""
 FINAL_NORM = "decoder.final_layernorm.weight"
 
 

@@ -19,7 +19,8 @@ def optimize(model: LearnerModel, accumulate_gradients: Callable[[], None], lear
 
     Raises ``FloatingPointError`` when that norm is not finite: the weights are then lost.
     """
-    model.ddp.zero_grad_buffer()
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     accumulate_gradients()
     for group in _parameter_groups(model):
@@ -79,12 +80,12 @@ def forget_moments(model: LearnerModel) -> None:
 
 @torch.no_grad()
 def copy_parameters(model: LearnerModel) -> list[Tensor]:
-    return [p.detach().clone() for p in model.ddp.parameters()]
+    return [p.detach().clone() for p in model.parameters()]
 
 
 @torch.no_grad()
 def set_parameters(model: LearnerModel, values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(model.ddp.parameters(), values, strict=True):
+    for parameter, value in zip(model.parameters(), values, strict=True):
         parameter.copy_(value)
 
 

@@ -42,7 +42,7 @@ def parameter_states(model: LearnerModel) -> dict[Parameter, ParameterState]:
 
 def blank_states(model: LearnerModel) -> dict[Parameter, ParameterState]:
     """Zeros in host memory, as ``parameter_states`` would have them on every rank, to be filled from a checkpoint."""
-    return {p: {n: torch.zeros(p.shape) for n in _names(p)} for p in model.ddp.parameters()}
+    return {p: {n: torch.zeros(p.shape) for n in _names(p)} for p in model.parameters()}
 
 
 @torch.no_grad()
@@ -126,8 +126,10 @@ def _begin_moments(model: LearnerModel) -> None:
 def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Torch counts Adam's steps per parameter; fused optimizers of others do it per group."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(steps))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                device = parameter.device if group.get("fused") else "cpu"
+                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=device)
     else:
         for group in optimizer.param_groups:
             group["step"] = steps

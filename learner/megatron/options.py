@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -28,6 +28,8 @@ class Layout:
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers per pipeline stage; several are interleaved"""
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
@@ -69,11 +71,23 @@ def parse_options(options: Mapping[str, Any], world_size: int) -> MegatronOption
         world_size=world_size,
         tensor=tensor,
         pipeline=options.get("pipeline_model_parallel_size", 1),
+        virtual=options.get("virtual_pipeline_model_parallel_size", 1),
         context=options.get("context_parallel_size", 1),
         expert=options.get("expert_model_parallel_size", 1),
         expert_tensor=options.get("expert_tensor_parallel_size", tensor),
     )
     return MegatronOptions(layout, model, ddp, optimizer)
+
+
+def with_recomputed_norms(options: MegatronOptions) -> MegatronOptions:
+    """Megatron's part of ``learner.recompute_elementwise``. Raises ``ConfigError`` beside its own recomputation."""
+    if "recompute_granularity" in options.model:
+        raise ConfigError(
+            f"learner.recompute_elementwise = true and megatron.recompute_granularity = "
+            f"'{options.model['recompute_granularity']}' exclude each other: choose one"
+        )
+    norms = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    return replace(options, model=options.model | norms)
 
 
 _CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
@@ -92,7 +106,10 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
     """Raises ``ConfigError`` with the numbers that clash when this model cannot be laid out so."""
     tensor, pipeline, context, expert = layout.tensor, layout.pipeline, layout.context, layout.expert
     ranks = tensor * pipeline * context
-    _require(min(tensor, pipeline, context, expert, layout.expert_tensor) >= 1, "parallel sizes must be at least 1")
+    _require(
+        min(tensor, pipeline, layout.virtual, context, expert, layout.expert_tensor) >= 1,
+        "parallel sizes must be at least 1",
+    )
     _require(
         layout.world_size % ranks == 0,
         f"{layout.world_size} ranks cannot be divided by tensor {tensor} × pipeline {pipeline} × context {context} "
@@ -108,10 +125,26 @@ def check_layout(layout: Layout, model: Architecture, options: Mapping[str, Any]
         model.layers % pipeline == 0,
         f"{model.layers} layers cannot be divided by pipeline_model_parallel_size = {pipeline}",
     )
+    virtual = layout.virtual
+    _require(
+        virtual == 1 or pipeline > 2,  # of two stages each is both neighbours of the other, and Megatron mixes them up
+        f"virtual_pipeline_model_parallel_size = {virtual} interleaves three stages or more: set "
+        f"pipeline_model_parallel_size (now {pipeline}) above 2",
+    )
+    _require(
+        model.layers % (pipeline * virtual) == 0,
+        f"{model.layers} layers cannot be divided by pipeline_model_parallel_size {pipeline} × "
+        f"virtual_pipeline_model_parallel_size {virtual} = {pipeline * virtual}",
+    )
     sequence_parallel = options.get("sequence_parallel", False)
     _require(
         not sequence_parallel or tensor > 1,
         "sequence_parallel = true needs tensor_model_parallel_size above 1, but it is 1",
+    )
+    balancing = options.get("moe_router_load_balancing_type", "none")
+    _require(
+        balancing in ("none", "aux_loss"),
+        f"moe_router_load_balancing_type = {balancing!r}: the learner takes 'aux_loss' (per microbatch) or 'none'",
     )
     if model.experts is None:
         _require(expert == 1, f"expert_model_parallel_size = {expert}, but the model has no experts: set it to 1")

@@ -40,6 +40,7 @@ def initialize(layout: Layout, seed: int) -> torch.device:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -47,6 +48,15 @@ def initialize(layout: Layout, seed: int) -> torch.device:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def data_parallel_leaders(device: torch.device) -> list[int]:
+    """The first global rank of each data-parallel rank, in order. A collective."""
+    mine = torch.tensor([parallel_state.get_data_parallel_rank()], dtype=torch.int64, device=device)
+    all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_ranks, mine)
+    numbers = [int(number) for number in all_ranks]
+    return [numbers.index(number) for number in range(parallel_state.get_data_parallel_world_size())]
 
 
 def shut_down() -> None:

@@ -42,13 +42,7 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     "set learner.learning_rate": ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr"),
     "set the field of that name in [learner]": ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad"),
     "dropout would make importance ratios random": ("hidden_dropout", "attention_dropout"),
-    "an auxiliary loss would join the policy's without a denominator": (
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-    ),
     "the learner does not support it": (
-        "virtual_pipeline_model_parallel_size",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout",

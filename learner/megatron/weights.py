@@ -6,7 +6,7 @@ every whole tensor, in the manifest's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slime_async.learner.megatron.architecture import Architecture
-from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, Unit, global_name, units
+from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, VALUE_HEAD, Unit, global_name, units
+from slime_async.learner.megatron.options import Layout
 from slime_async.learner.snapshots import Place
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.telemetry.progress import Progress, silent
@@ -61,17 +62,22 @@ class _Checkpoint:
 class WeightMap:
     """Ties the units of a model to this rank's parameters."""
 
-    def __init__(self, architecture: Architecture, module: torch.nn.Module, first_layer: int, layers: int) -> None:
-        """``module`` is the unwrapped GPTModel of this pipeline stage, whose layers begin at ``first_layer``."""
+    def __init__(self, architecture: Architecture, layout: Layout, modules: Sequence[torch.nn.Module]) -> None:
+        """``modules`` are the unwrapped chunks of this pipeline stage."""
         self._architecture = architecture
         self._units = {unit.name: unit for unit in units(architecture)}
         experts = architecture.experts.count if architecture.experts else 0
         self._experts_per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
         first_expert = parallel_state.get_expert_model_parallel_rank() * self._experts_per_rank
-        named = ((global_name(n, first_layer, first_expert), p) for n, p in module.named_parameters())
-        self._parameters = dict(named)
-        self._layers_per_stage = layers
-        parameter = next(module.parameters())
+        self._layers_per_chunk = architecture.layers // (layout.pipeline * layout.virtual)
+        self._stages, stage = layout.pipeline, parallel_state.get_pipeline_model_parallel_rank()
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        for i, module in enumerate(modules):
+            first_layer = (i * self._stages + stage) * self._layers_per_chunk
+            for name, parameter in module.named_parameters():
+                if not name.startswith(VALUE_HEAD):
+                    self._parameters[global_name(name, first_layer, first_expert)] = parameter
+        parameter = next(modules[0].parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
 
     def manifest(self) -> WeightManifest:
@@ -190,10 +196,10 @@ class WeightMap:
             hops.append((expert_group, unit.expert // self._experts_per_rank))
         stages = parallel_state.get_pipeline_model_parallel_group()
         if stages.size() > 1:
-            last = stages.size() - 1
-            stage = (
-                0 if unit.name == EMBEDDING else last if unit.layer is None else unit.layer // self._layers_per_stage
-            )
+            if unit.layer is not None:
+                stage = unit.layer // self._layers_per_chunk % self._stages
+            else:
+                stage = 0 if unit.name == EMBEDDING else stages.size() - 1
             hops.append((stages, stage))
         return hops
 

@@ -72,6 +72,7 @@ def progress_line(status: RunStatus, max_staleness: int | None, generated_tokens
         + ("" if max_staleness is None else f"/{max_staleness}"),
         f"queue {queue.get('held', 0)}/{queue.get('held_limit', '?')}",
         who_waits(learner, queue, actors),
+        *([f"{failures} episodes failed"] if (failures := queue.get("failures")) else []),
     ]
     return " | ".join(parts)
 

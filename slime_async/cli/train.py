@@ -120,6 +120,7 @@ def go_on(parsed: argparse.Namespace, directory: Path) -> int:
     config = resumed_config(directory, overrides(parsed))
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     with owned(directory):
         return begin(config, directory, parsed)
 

@@ -34,7 +34,7 @@ PresetName = Literal[
     "topr",
     "none",
 ]
-Advantage = Literal["grpo", "grpo-no-std", "rloo", "reinforce++", "reinforce++-baseline"]
+Advantage = Literal["grpo", "grpo-no-std", "rloo", "reinforce++", "reinforce++-baseline", "gae"]
 ProxSource = Literal["recompute", "bypass", "interpolate"]
 WeightKind = Literal["none", "truncate", "drop"]
 Level = Literal["token", "sequence", "geometric"]
@@ -87,7 +87,8 @@ class AlgorithmConfig(Section):
     preset: PresetName = "decoupled-ppo"
     """A published method by name; it sets the fields below that you leave out"""
     advantage: Advantage = "grpo"
-    """Baseline and scale of an episode's reward, from its group's or the batch's rewards"""
+    """Baseline and scale of an episode's reward, from its group's or the batch's rewards; or, per token, from a critic
+    (gae)"""
     prox: ProxSource = "recompute"
     """π_prox: the learner before the update, recomputed; or μ itself (bypass); or between μ and π_θ by staleness"""
     weight: WeightKind = "drop"

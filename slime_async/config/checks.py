@@ -126,6 +126,11 @@ def _engines(config: Config) -> Iterator[str]:
     for url in actor.engine_urls:
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):
             yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
+    if actor.engine_urls and (idle := config.sglang.keys() - {"api_key", "admin_api_key"}):
+        yield (
+            f"[sglang] sets {', '.join(sorted(idle))}, but the servers of actor.engine_urls are started elsewhere: "
+            "give it to them there; api_key and admin_api_key belong here"
+        )
     if actor.engine_urls and actor.count > 1:
         yield (
             f"actor.engine_urls are the engines of one actor, but actor.count = {actor.count}: use 1, or start actors "

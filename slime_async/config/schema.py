@@ -204,6 +204,9 @@ class WeightsConfig(Section):
     that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+    engine_buffer_bytes: PositiveInt = 8 << 30
+    """An SGLang server holds weights that come in beside those it has: at most so many bytes at once, and what is
+    larger comes in several calls"""
 
     @property
     def command_timeout_s(self) -> float:
@@ -237,6 +240,13 @@ class LearnerConfig(Section):
     """Bound on the gradient's norm; 0 turns it off"""
     microbatch_tokens: PositiveInt = 16384
     """Token budget of one packed microbatch"""
+    keep_logits: bool = False
+    """Keep the logits of a microbatch (2 bytes per token and vocabulary entry) from the forward to the backward pass,
+    instead of computing them twice"""
+    recompute_elementwise: bool = False
+    """Compute norms and SwiGLU again in the backward pass: a quarter of the activations less, for little time"""
+    replay_routing: bool = True
+    """Send a token through the experts that the engine took for it, where the engine recorded them"""
     optimizer_steps: PositiveInt = 1
     """Optimizer steps per batch, on disjoint minibatches of whole groups, with π_prox held"""
     threads: PositiveInt = 1
@@ -246,6 +256,23 @@ class LearnerConfig(Section):
     max_restarts: int = Field(4, ge=0)
     """How many times a dead learner is started again, from its latest checkpoint, before the run fails; without
     checkpoint.interval_steps it never is"""
+
+
+class CriticConfig(Section):
+    """The critic that ``algorithm.advantage = "gae"`` trains: a head of its own on the policy's last hidden states."""
+
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per sampled token"""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """1 trusts returns, 0 trusts the critic's next value"""
+    normalize: bool = True
+    """Bring the batch's advantages to mean 0 and standard deviation 1"""
+    loss_coef: float = Field(0.5, gt=0)
+    """Weight of the value loss beside the policy's"""
+    clip: PositiveFloat | None = 0.2
+    """How far a value may move from what it was before the batch and still count as better; not clipped when not set"""
+    train_trunk: bool = True
+    """Let the value loss change the policy's own weights too; false trains the head alone"""
 
 
 class CheckpointConfig(Section):
@@ -399,6 +426,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weights: WeightsConfig = WeightsConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -409,6 +437,11 @@ class Config(Section):
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's model, DDP and optimizer configs, by their own names"""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value head is trained."""
+        return self.algorithm.advantage == "gae"
 
     @property
     def hub_restarts(self) -> int:

@@ -79,6 +79,25 @@ def vtrace(
     return CriticEstimate(time.packed(advantages), time.packed(targets))
 
 
+class ValueLoss(NamedTuple):
+    """Both [T]."""
+
+    loss: Tensor
+    clipped: Tensor
+    """1 where the clip took the gradient away"""
+
+
+def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip: float | None) -> ValueLoss:
+    """½ max((V − R)², (V' − R)²), V' being V held within ±``clip`` of its old value: what implementations of PPO
+    (arXiv 1707.06347) pair with its clipped objective."""
+    error = (values - targets).square()
+    if clip is None:
+        return ValueLoss(0.5 * error, torch.zeros_like(error))
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    bounded = (near - targets).square()
+    return ValueLoss(0.5 * torch.maximum(error, bounded), ((bounded > error) & (near != values)).to(error.dtype))
+
+
 class _Time(NamedTuple):
     """Sampled tokens as [S, L], left-aligned: L is the longest sequence's count of them."""
 

@@ -144,14 +144,19 @@ class TokenDiagnostics:
 def measure(config: AlgorithmConfig, tokens: TokenDiagnostics, sequences: Sequences) -> MetricSums:
     """Sums and maxima of one microbatch."""
     mask = tokens.mask.double()
-    bucket = torch.bucketize(tokens.staleness, tokens.staleness.new_tensor(STALENESS_EDGES), right=True)
+    bucket = torch.bucketize(tokens.staleness, _edges(tokens.staleness), right=True)
     token_values, token_maxima = _token_rows(config, tokens)
     sums = [_by_bucket(value.double() * mask, bucket) for value in token_values]
     oldest = sequences.max(tokens.staleness.double().clamp(min=0), mask)
-    sequence_bucket = torch.bucketize(oldest, oldest.new_tensor(STALENESS_EDGES), right=True)
+    sequence_bucket = torch.bucketize(oldest, _edges(oldest), right=True)
     sums += [_by_bucket(value, sequence_bucket) for value in _sequence_rows(tokens, sequences)]
     maxima = [_max_by_bucket(value.double().masked_fill(mask == 0, -torch.inf), bucket) for value in token_maxima]
     return MetricSums(torch.stack(sums), torch.stack(maxima))
+
+
+def _edges(like: Tensor) -> Tensor:
+    """Made of scalars: a list would be copied to the device, and the copy waited for."""
+    return torch.stack([like.new_full((), edge) for edge in STALENESS_EDGES])
 
 
 def _token_rows(config: AlgorithmConfig, tokens: TokenDiagnostics) -> tuple[list[Tensor], list[Tensor]]:

@@ -50,6 +50,14 @@ FAMILY_METRICS: dict[str, Metric] = {
     "loss/entropy": Metric(
         "nats", "Token mean of the policy's entropy", "Falls to 0 early: raise `algorithm.clip_high`"
     ),
+    "router/load_balancing_loss": Metric("", "Before its coefficient; 1 is perfect balance over experts", ""),
+    "router/z_loss": Metric("", "Before its coefficient: mean squared log of the routers' normalisers", ""),
+    "critic/loss": Metric("", "Token mean of the value loss, before `critic.loss_coef`", ""),
+    "critic/clip_fraction": Metric("", "Share of tokens whose value `critic.clip` held back", ""),
+    "critic/value_mean": Metric("", "Token mean of the values before the batch", ""),
+    "critic/explained_variance": Metric(
+        "", "Share of the targets' variance that the values explain; 1 is perfect", "Below 0: raise `critic.gae_lambda`"
+    ),
     "loss/kl": Metric("nats", "Token mean of the KL term to the reference", "Grows: raise `algorithm.kl_coef`"),
 }
 """By name, without the suffix of a staleness bucket"""

@@ -110,6 +110,8 @@ FAMILIES = {
     "weight/": "importance weights, after truncation and normalisation",
     "correction/": "what was masked or rejected",
     "loss/": "parts of the loss",
+    "router/": "auxiliary losses of a mixture of experts (`megatron.moe_aux_loss_coeff`, `moe_z_loss_coeff`)",
+    "critic/": 'the value head, with `algorithm.advantage = "gae"`',
     "staleness/": "sampled tokens of the batch by their age in versions, masked ones included",
     "sequences/": "computed, by bucket of staleness",
     "tokens/": "computed, by bucket of staleness",

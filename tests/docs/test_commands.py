@@ -28,7 +28,9 @@ SMALL = {**TINY, "run.steps": "3"}
 A_RUN = re.compile(r"runs/demo-[\d…-]+")
 """As the pages call a run's directory"""
 
-TRAIN = re.compile(r"slime-async train \S+\.toml\b")
+TRAIN = re.compile(r"slime-async train \S+\.toml\b(?!.*--dry-run)")
+DRY_RUN = re.compile(r"slime-async train \S+\.toml --dry-run$")
+CHECK = re.compile(r"slime-async check-task \S+\.toml\b")
 ROLE = re.compile(r"slime-async (hub|actor|learner) CONFIG --run-directory DIR\b")
 REPORT = re.compile(r"slime-async report ")
 EVALUATION = re.compile(r"slime-async eval ")
@@ -45,6 +47,8 @@ SHELL_STATE = re.compile(r"\. \.venv/bin/activate$")
 """Changes the reader's shell; what it makes available is what everything here runs with"""
 RULES = (
     TRAIN,
+    DRY_RUN,
+    CHECK,
     ROLE,
     REPORT,
     EVALUATION,
@@ -94,6 +98,16 @@ def test_a_quick_command(command: Command) -> None:
     expected = (0, 1) if "doctor" in command.text else (0,)  # what it finds is this machine's affair
     assert done.returncode in expected, done.stdout + done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [*of(CHECK), *(pytest.param(c, marks=pytest.mark.slow) for c in of(DRY_RUN))], ids=str
+)
+def test_a_task_is_tried(command: Command, tmp_path: Path) -> None:
+    shutil.copytree(DEMO.parent, tmp_path / "examples")
+    done = run(command.text, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the task keeps its contract" in done.stdout or "the dry run went through" in done.stdout
 
 
 @pytest.mark.parametrize("command", of(KEYGEN), ids=str)

@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from slime_async.config.schema import Config
 from slime_async.learner.trainer import Trainer, TrainSequence
+from slime_async.routing import NOT_RECORDED
 
 
-def train_sequences(vocab_size: int = 33, count: int = 14) -> list[TrainSequence]:
-    """Sequences of 1 to 17 tokens in groups of two, some stale, one group without advantage."""
+def train_sequences(vocab_size: int = 33, count: int = 14, *, experts: bool = False) -> list[TrainSequence]:
+    """Sequences of 1 to 17 tokens in groups of two, some stale, one group without advantage.
+
+    With ``experts`` most have records of 2 of 4 experts in 2 layers, with gaps.
+    """
     rng = np.random.default_rng(7)
     sequences = []
     for i in range(count):
@@ -36,23 +41,31 @@ def train_sequences(vocab_size: int = 33, count: int = 14) -> list[TrainSequence
                 behavior_logprobs=rng.normal(-3.5, 0.5, n).astype(np.float32),
                 advantages=0.0 if i // 2 == 1 else float(rng.normal()),
                 staleness=staleness,
+                routed_experts=recorded_experts(np.random.default_rng(i), n) if experts and i % 3 else None,
+                rewards=np.where(np.arange(n) == n - 1, float(i % 3), 0.0).astype(np.float32),
                 group=i // 2,
             )
         )
     return sequences
 
 
-def config_for(megatron: dict[str, Any], **sections: Any) -> Config:
+def recorded_experts(rng: np.random.Generator, tokens: int) -> NDArray[np.int16]:
+    chosen = rng.random((tokens, 2, 4)).argsort(-1)[..., :2].astype(np.int16)
+    chosen[-1] = NOT_RECORDED
+    return chosen
+
+
+def config_for(megatron: dict[str, Any], *, advantage: str = "grpo", **sections: Any) -> Config:
     """Several optimizer steps and several microbatches per batch."""
     learner = {"learning_rate": 1e-3, "optimizer_steps": 2, "microbatch_tokens": 48, "weight_decay": 0.1}
-    algorithm = {"entropy_coef": 0.01, "weight": "truncate", "weight_upper": 2.0}
+    algorithm = {"advantage": advantage, "entropy_coef": 0.01, "weight": "truncate", "weight_upper": 2.0}
     return Config(**{"learner": learner, "algorithm": algorithm, "megatron": megatron} | sections)
 
 
 def run(config: Config, checkpoint: Path, out: Path) -> None:
     """Write ``out.json`` and ``out.safetensors``: what each step reported, log-probs and weights at the end."""
     trainer = Trainer.build(config, checkpoint)
-    sequences = train_sequences()
+    sequences = train_sequences(experts=trainer.model.architecture.experts is not None)
     supervised = [(s.token_ids, s.loss_mask) for s in sequences]
     results = [trainer.train_supervised(supervised, 1e-3)]
     results += [trainer.train_policy(sequences, version) for version in range(2)]
@@ -70,7 +83,8 @@ def main() -> None:
     for number, text in enumerate(sys.argv[3:]):
         layout = json.loads(text)
         os.environ["MASTER_PORT"] = str(layout.pop("port"))
-        run(config_for(layout), checkpoint, out / f"layout{number}")
+        advantage = layout.pop("advantage", "grpo")
+        run(config_for(layout, advantage=advantage), checkpoint, out / f"layout{number}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,22 +92,3 @@ def test_what_fails_elsewhere_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(feed_module, "CHECK_INTERVAL_S", 0.01)
     with pytest.raises(RuntimeError, match="the publisher failed"):
         make_feed(ScriptedHub(), check=check).next_batch(0)
-
-
-def test_all_ranks_train_the_batch_of_the_first(tmp_path: Path) -> None:
-    job = Path(__file__).parent / "feed_job.py"
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(job), str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60)[0].split() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert outputs[0] == outputs[1]
-    assert len(set(outputs[0])) == 3

@@ -66,15 +66,22 @@ def assert_same(out: Path, expected: Path) -> None:
         torch.testing.assert_close(tensor, wanted_tensors[name], rtol=0, atol=2e-5 if name == "logprobs" else 1e-5)
 
 
-def compare(ranks: int, layouts: list[dict[str, Any]], checkpoint: Path, tmp_path: Path) -> None:
-    run(config_for({}), checkpoint, tmp_path / "one")
-    run_ranks(ranks, checkpoint, tmp_path / "many", layouts)
+def compare(
+    ranks: int, layouts: list[dict[str, Any]], checkpoint: Path, tmp_path: Path, advantage: str = "grpo"
+) -> None:
+    run(config_for({}, advantage=advantage), checkpoint, tmp_path / "one")
+    run_ranks(ranks, checkpoint, tmp_path / "many", [layout | {"advantage": advantage} for layout in layouts])
     for number in range(len(layouts)):
         assert_same(tmp_path / "many" / f"layout{number}", tmp_path / "one")
 
 
 def test_two_ranks_in_every_layout_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     compare(2, list(TWO_RANKS.values()), checkpoints("qwen3"), tmp_path)
+
+
+def test_interleaved_pipeline_stages_train_as_one(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    interleaved = {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}
+    compare(3, [interleaved | TWO_RANKS["DP2"]], checkpoints("qwen3-deep"), tmp_path)
 
 
 @pytest.mark.slow

@@ -46,7 +46,6 @@ def test_options_reach_every_config_that_has_the_field() -> None:
         ({"hidden_size": 32}, r"config\.json"),
         ({"lr": 1e-3}, r"learner\.learning_rate"),
         ({"bf16": True}, r"model\.dtype"),
-        ({"moe_aux_loss_coeff": 0.1}, "without a denominator"),
         ({"sequence_parallel": 1}, "must be of type bool"),
         ({"tensor_model_parallel_size": "2"}, "must be of type int"),
     ],
@@ -63,9 +62,12 @@ def test_an_option_that_cannot_be_set_is_refused_with_the_remedy(options: dict[s
         (4, {"tensor_model_parallel_size": 4}, "2 key/value heads cannot be divided by .* = 4"),
         (8, {"tensor_model_parallel_size": 8}, "4 attention heads cannot be divided by .* = 8"),
         (3, {"pipeline_model_parallel_size": 3}, "4 layers cannot be divided by .* = 3"),
+        (4, {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 3}, "4 layers .* 3 = 12"),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, r"\(now 2\) above 2"),
         (2, {"expert_model_parallel_size": 2}, "the model has no experts"),
         (1, {"sequence_parallel": True}, "needs tensor_model_parallel_size above 1"),
         (1, {"tensor_model_parallel_size": 0}, "at least 1"),
+        (1, {"moe_router_load_balancing_type": "sinkhorn"}, "the learner takes 'aux_loss'"),
     ],
 )
 def test_a_layout_that_cannot_work_is_refused(world_size: int, options: dict[str, Any], message: str) -> None:

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from slime_async.learner.megatron import compat, logprob
 from slime_async.learner.megatron.attention import local_positions, plan_attention
+from slime_async.learner.megatron.fused import norm_and_rotate
 from slime_async.learner.megatron.logprob import token_logprobs
 
 
@@ -40,37 +42,67 @@ def test_torch_stays_itself_for_everybody_else() -> None:
         torch.cuda.current_device()
 
 
+@pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_and_entropy_in_chunks_equal_log_softmax(
-    padding: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+    padding: int, temperature: float, keep_logits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob, "_CHUNK_ELEMENTS", 60)
+    monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 4 * 60)
     torch.manual_seed(0)
-    ours = (torch.randn(11, 17 + padding) * 3).requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
+    hidden, weight = torch.randn(11, 5), torch.randn(17 + padding, 5)
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight)]
     targets = torch.randint(0, 17, (11,))
-    group: dist.ProcessGroup = OneRank()  # type: ignore[assignment]
-    logprobs, entropy = token_logprobs(ours, targets, temperature=temperature, vocab_size=17, group=group, entropy=True)
+    logprobs, entropy = token_logprobs(
+        *ours,
+        targets,
+        temperature=temperature,
+        vocab_size=17,
+        group=OneRank(),  # type: ignore[arg-type]
+        entropy=True,
+        keep_logits=keep_logits,
+    )
     assert entropy is not None
-    log_p = (theirs[:, :17] / temperature).log_softmax(-1)
+    log_p = ((theirs[0] @ theirs[1].t())[:, :17] / temperature).log_softmax(-1)
     expected, expected_entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     assert_close(logprobs, expected)
     assert_close(entropy, expected_entropy)
     mix = torch.randn(2, 11)
     (logprobs @ mix[0] + entropy @ mix[1]).backward()
     (expected @ mix[0] + expected_entropy @ mix[1]).backward()
-    assert_close(ours.grad, theirs.grad)
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        assert_close(ours_.grad, theirs_.grad)
 
 
-def test_half_precision_logits_get_half_precision_gradients() -> None:
-    logits = torch.randn(4, 9, dtype=torch.bfloat16, requires_grad=True)
+def test_half_precision_gets_half_precision_gradients_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 2 * 9)
+    hidden = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(9, 8, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.arange(64) % 9
     group: dist.ProcessGroup = OneRank()  # type: ignore[assignment]
-    logprobs, _ = token_logprobs(logits, torch.arange(4), temperature=1.0, vocab_size=9, group=group, entropy=False)
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=1.0, vocab_size=9, group=group, entropy=False)
     assert logprobs.dtype == torch.float32
     logprobs.sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.dtype == torch.bfloat16
+    exact = weight.detach().float().requires_grad_()
+    (hidden.detach().float() @ exact.t()).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert_close(weight.grad.float(), exact.grad, rtol=1e-2, atol=5e-2)
+
+
+def test_heads_are_normalised_and_rotated_as_transformers_does() -> None:
+    torch.manual_seed(0)
+    query, key, weights = torch.randn(6, 2, 3, 8), torch.randn(6, 2, 1, 8), torch.rand(2, 8)
+    angles = torch.arange(6)[:, None] * (10000.0 ** -(torch.arange(4) / 4))
+    ours = norm_and_rotate(query, key, weights[0], weights[1], angles.cos(), angles.sin(), 1e-6)
+    cos, sin = (torch.cat([x, x], -1)[None] for x in (angles.cos(), angles.sin()))
+    heads = [
+        torch.nn.functional.rms_norm(x.flatten(1, 2), (8,), w, 1e-6).transpose(0, 1)[None]
+        for x, w in ((query, weights[0]), (key, weights[1]))
+    ]
+    for mine, theirs in zip(ours, apply_rotary_pos_emb(*heads, cos, sin), strict=True):
+        assert_close(mine, theirs[0].transpose(0, 1))
 
 
 @settings(deadline=None)

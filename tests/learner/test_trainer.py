@@ -28,7 +28,7 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def gradients(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.main_grad.clone() for p in trainer.model.ddp.parameters()]
+    return [p.main_grad.clone() for p in trainer.model.parameters()]
 
 
 def on_policy(trainer: Trainer, sequences: list[TrainSequence]) -> list[TrainSequence]:

@@ -32,6 +32,7 @@ _LLAMA3_ROPE = {
 
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
+    "qwen3-deep": lambda: Qwen3Config(**SHAPE | {"num_hidden_layers": 6}, head_dim=16, tie_word_embeddings=True),
     "qwen3-untied": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "llama3": lambda: LlamaConfig(
