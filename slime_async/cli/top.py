@@ -105,14 +105,14 @@ async def show_once(target: Target, status: Callable[[], Awaitable[RunStatus]]) 
     """Rates need two looks."""
     from rich.console import Console
 
+    from slime_async.cli.live import has_terminal
     from slime_async.cli.top_view import Overview, table
 
     overview = Overview(target.max_staleness)
     overview.update(await status(), time.monotonic())
     await asyncio.sleep(REFRESH_S)
     overview.update(await status(), time.monotonic())
-    console = Console(highlight=False)
-    console.print(table(overview), width=console.width if console.is_terminal else WIDTH)
+    Console(highlight=False, width=None if has_terminal() else WIDTH).print(table(overview))
 
 
 async def show(target: Target, status: Callable[[], Awaitable[RunStatus]], over: asyncio.Event) -> None:
