@@ -20,16 +20,20 @@ CHECK_INTERVAL_S = 1.0
 
 
 class Feed(Protocol):
-    def next_batch(self, train_version: int) -> Batch:
-        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank."""
+    def next_batch(self, train_version: int) -> Batch | None:
+        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank.
+
+        None: there is no time for another.
+        """
 
 
 class HubFeed:
     """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step. Without
     ``payloads`` the batches only say what is stored of each trajectory.
 
-    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Raises
-    ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Nothing
+    is begun once ``time_limit_s`` has passed since the first batch was asked for. Raises ``TimeoutError`` when no batch
+    came within ``timeout_s``, naming what the hub says was missing.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class HubFeed:
         patience_s: float,
         check: Callable[[], None],
         payloads: bool = True,
+        time_limit_s: float | None = None,
     ) -> None:
         self._client = client
         self._payloads = payloads
@@ -49,10 +54,14 @@ class HubFeed:
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._check = check
+        self._time_limit_s = time_limit_s
+        self._began_s: float | None = None
         self._ahead: Future[Message] | None = None
         self._ahead_version = -1
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
+        if self._time_is_up():
+            return None
         deadline = time.monotonic() + self._timeout_s
         reason = "no answer from the hub"
         while True:
@@ -70,6 +79,11 @@ class HubFeed:
                     f"no batch for version {train_version} within {self._timeout_s:.0f} s "
                     f"(learner.lease_timeout_s); the hub says: {reason}"
                 )
+
+    def _time_is_up(self) -> bool:
+        now = time.monotonic()
+        self._began_s = now if self._began_s is None else self._began_s
+        return self._time_limit_s is not None and now - self._began_s >= self._time_limit_s
 
     def _ask(self, train_version: int) -> None:
         lease = Lease(self._incarnation, train_version, LEASE_POLL_S, self._payloads)

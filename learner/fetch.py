@@ -120,26 +120,30 @@ class FetchingFeed:
         self._device = device
         self._check = check
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
         if self._share is not None:
             self._share.begin(train_version)
         head = self._from(0, None if self._lease is None else self._lease.next_batch(train_version), train_version)
+        if head is None:
+            return None
         own = () if self._share is None else self._share.take(train_version, self._check)
         if self._share is not None and train_version + 1 < self._last_version:
             self._share.begin(train_version + 1)
         found: dict[TrajectoryKey, Trajectory] = {}
         for leader in self._leaders:
             part = Batch(train_version, tuple(map(shared, own))) if leader == dist.get_rank() else None
-            found |= {t.key: t for t in self._from(leader, part, train_version).trajectories}
+            came = self._from(leader, part, train_version)
+            assert came is not None, f"rank {leader} handed over nothing"
+            found |= {t.key: t for t in came.trajectories}
         found |= {trajectory.key: trajectory for trajectory in own}
         if set(found) != {one.key for one in head.stored}:
             raise RuntimeError(f"batch {train_version}: {len(head.stored)} trajectories are leased, {len(found)} came")
         return dataclasses.replace(head, trajectories=tuple(found[one.key] for one in head.stored), stored=())
 
-    def _from(self, rank: int, batch: Batch | None, train_version: int) -> Batch:
+    def _from(self, rank: int, batch: Batch | None, train_version: int) -> Batch | None:
         """What ``rank`` hands to all; only there it is given. The process group's timeout bounds the wait."""
         received = broadcast(batch, rank, self._device)
-        if received.train_version != train_version:
+        if received is not None and received.train_version != train_version:
             raise RuntimeError(f"rank {rank} trains version {received.train_version}, this rank {train_version}")
         return received
 
@@ -184,21 +188,24 @@ def shared(trajectory: Trajectory) -> Trajectory:
     return dataclasses.replace(trajectory, extras=extras)
 
 
-def broadcast(batch: Batch | None, source: int, device: torch.device) -> Batch:
+def broadcast(batch: Batch | None, source: int, device: torch.device) -> Batch | None:
     """``batch`` of rank ``source``, on every rank."""
+    sending = dist.get_rank() == source
     frames = [] if batch is None else [memoryview(frame) for frame in encode(batch)]
     count = torch.tensor([len(frames)], dtype=torch.int64, device=device)
     dist.broadcast(count, src=source)
+    if not int(count):
+        return None
     sizes = torch.zeros(int(count), dtype=torch.int64, device=device)
-    if batch is not None:
+    if sending:
         sizes = torch.tensor([frame.nbytes for frame in frames], dtype=torch.int64, device=device)
     dist.broadcast(sizes, src=source)
-    if batch is not None:
+    if sending:
         payload = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8).to(device)
     else:
         payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
     dist.broadcast(payload, src=source)
-    if batch is not None:
+    if sending:
         return batch
     received = decode([frame.numpy().data for frame in torch.split(payload.cpu(), sizes.tolist())], DEFAULT_LIMITS)
     assert isinstance(received.message, Batch), received.message

@@ -270,11 +270,11 @@ class Learner:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
         with self._feed(trainer) as feed:
-            train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
+            reached = train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
             self._evaluations.finish(config.evaluation.timeout_s)
-            self._publisher.wait_published(config.run.steps, publication_timeout_s(config))
+            self._publisher.wait_published(reached, publication_timeout_s(config))
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
@@ -298,6 +298,7 @@ class Learner:
             patience_s,
             check,
             payloads=not several,
+            time_limit_s=config.run.time_limit_s,
         )
         if several:
             leaders, device = data_parallel_leaders(trainer.device), trainer.device

@@ -66,6 +66,7 @@ from slime_async.protocol import (
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
+from slime_async.queue.spread import spread_grants
 from slime_async.telemetry.process import PROCESS
 from slime_async.trajectory import NOT_SAMPLED, Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
@@ -526,13 +527,11 @@ class Hub:
         self._wake()
 
     def _grant(self) -> None:
-        """To the actors with the most free slots first, so that a batch spreads over all of them."""
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
-        for name in sorted(free, key=lambda name: -free[name]):
-            slots = self._actors[name].slots
-            reservations = self._queue.grant(name, free[name], now, slots) if free[name] > 0 else ()
-            if reservations and not self._server.note_nowait(name, Granted(reservations)):
+        slots = {name: actor.slots for name, actor in self._actors.items()}
+        for name, reservations in spread_grants(self._queue, free, slots, now).items():
+            if not self._server.note_nowait(name, Granted(tuple(reservations))):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
 

@@ -24,6 +24,8 @@ class RunConfig(Section):
     """Where run directories are made"""
     steps: PositiveInt = 200
     """How many batches RL trains, and so the last weight version"""
+    time_limit_s: PositiveFloat | None = None
+    """Seconds of RL after which no further batch is trained; the run then ends as after its last step"""
     seed: int = 0
     """Seeds data order, sampling and initialisation"""
     deterministic: bool = False
@@ -326,6 +328,35 @@ class EvaluationConfig(Section):
     """Deadline of one evaluation"""
 
 
+class BenchConfig(Section):
+    """What ``slime-async bench`` compares, and how it measures."""
+
+    modes: tuple[str, ...] = (
+        "colocated",
+        "disaggregated",
+        "one-step-off",
+        "async-1",
+        "async-2",
+        "async-4",
+        "async-8",
+    )
+    """Synchronous on all devices, synchronous on separate ones, one-step-off, asynchronous with η"""
+    devices: PositiveInt = 2
+    """What every mode has: CPU cores for embedded engines on the CPU, otherwise GPUs"""
+    splits: tuple[str, ...] = ("1:1",)
+    """Learner's devices : actors' devices, of the modes that separate them"""
+    warmup_s: PositiveFloat = 10.0
+    """Of each mode, not measured; at least one batch"""
+    windows: int = Field(3, ge=2)
+    """Repeated measurements of each mode"""
+    window_s: PositiveFloat = 30.0
+    """Of one of them"""
+    saturated_s: PositiveFloat = 6.0
+    """For each measurement of an engine that is kept full, and of a learner fed from memory"""
+    target_accuracy: float | None = Field(None, gt=0, le=1)
+    """Also report how long each mode takes to this share of solved tasks in a batch"""
+
+
 class LoggersConfig(Section):
     """Where metrics go besides the run directory's ``metrics.jsonl``."""
 
@@ -431,6 +462,7 @@ class Config(Section):
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hub: HubConfig = HubConfig()
+    bench: BenchConfig = BenchConfig()
     loggers: LoggersConfig = LoggersConfig()
     cluster: ClusterConfig = ClusterConfig()
     sglang: dict[str, Any] = Field(default_factory=dict)

@@ -371,6 +371,11 @@ class TrajectoryQueue:
     def statistics(self, now: float) -> QueueStatistics:
         return collect(self.limits, self._ledger, self._training, self._evaluating, self._meters, now)
 
+    @property
+    def evaluations_wait(self) -> bool:
+        """Whether any evaluation has samples to be granted, which admission does not hold back."""
+        return self._evaluating.missing > 0
+
     def admission_closed_by(self) -> GateCause | None:
         """What keeps free slots from being granted anything; None when nothing does."""
         return self._gate.cause()

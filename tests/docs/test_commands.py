@@ -5,6 +5,7 @@ What takes minutes runs with ``scripts/test --slow``. A command that no rule bel
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from slime_async.bench.modes import modes_of
 from slime_async.cli.common import add_config_argument, add_role_arguments, config_of
 from slime_async.cli.flags import FlagParser
+from slime_async.config import load_config
 from slime_async.demo.model import make_checkpoint
+from tests.bench.examples import bench_result
 from tests.docs.pages import ROOT, Command, commands
 from tests.e2e.runs import DEMO, TINY, flags, started
 from tests.report.runs import write_run
@@ -45,7 +49,15 @@ AGAINST_A_RUN = re.compile(r"slime-async (top|scale) ")
 JOIN = re.compile(r"slime-async actor config\.toml ")
 SHELL_STATE = re.compile(r"\. \.venv/bin/activate$")
 """Changes the reader's shell; what it makes available is what everything here runs with"""
+BENCH = re.compile(r"slime-async bench \S+\.toml$")
+PLANNING = re.compile(r"slime-async (plan|simulate \S+\.toml)\b")
+CHECKED = re.compile(r"slime-async simulate \S+\.json$")
+BENCHMARK = re.compile(r"python -m (benchmarks\.\w+)$")
 RULES = (
+    BENCH,
+    PLANNING,
+    CHECKED,
+    BENCHMARK,
     TRAIN,
     DRY_RUN,
     CHECK,
@@ -123,6 +135,53 @@ def test_flags_of_a_documented_run_are_understood(command: Command) -> None:
     add_config_argument(parser)
     words = shlex.split(command.text)[2:]
     config_of(parser.parse_strictly([str(ROOT / words[0]), *words[1:]]))
+
+
+@pytest.mark.parametrize("command", of(BENCH), ids=str)
+def test_the_configuration_of_a_documented_benchmark_is_sound(command: Command) -> None:
+    modes_of(load_config(ROOT / shlex.split(command.text)[2]))
+
+
+@pytest.mark.parametrize("command", of(PLANNING), ids=str)
+def test_a_simulation(command: Command) -> None:
+    more = ["--set", "steps=12"] if "simulate" in command.text else ["--staleness", "2", "--groups", "16"]
+    done = run(command.text, ROOT, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", of(CHECKED), ids=str)
+def test_a_benchmarks_result_is_simulated(command: Command, tmp_path: Path) -> None:
+    result = tmp_path / shlex.split(command.text)[2]
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps(bench_result()))
+    done = run(command.text, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| async-2 |" in done.stdout
+
+
+@pytest.mark.parametrize("command", of(BENCHMARK), ids=str)
+def test_a_benchmark_says_what_it_does(command: Command) -> None:
+    done = run(command.text.replace("python", shlex.quote(sys.executable), 1), ROOT, "--help")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_benchmark_of_two_modes(tmp_path: Path) -> None:
+    small = {
+        "modes": '["colocated", "async-2"]',
+        "warmup-s": "1",
+        "window-s": "2",
+        "windows": "2",
+        "saturated-s": "0.5",
+    }
+    argv = [sys.executable, "-m", "slime_async.cli.main", "bench", "examples/bench/heavy_tailed.toml"]
+    argv += ["--output", str(tmp_path), *flags({f"bench.{name}": value for name, value in small.items()})]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert set(result["modes"]) == {"colocated", "async-2"}, done.stdout + done.stderr
+    assert result["figures"]["async_over_best_sync"] > 0
+    assert (tmp_path / "bench.html").exists()
 
 
 @pytest.mark.slow

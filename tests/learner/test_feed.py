@@ -64,6 +64,18 @@ def test_the_next_batch_is_asked_for_while_this_one_trains_but_none_beyond_the_l
     assert hub.versions == [0, 1]
 
 
+def test_once_the_time_is_up_no_batch_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(feed_module.time, "monotonic", lambda: now)
+    hub = ScriptedHub(ready)
+    feed = HubFeed(hub, INCARNATION, 9, 60.0, 30.0, lambda: None, time_limit_s=10.0)  # type: ignore[arg-type]
+    assert feed.next_batch(0) is not None
+    now = 109.9
+    assert feed.next_batch(1) is not None
+    now = 110.0
+    assert feed.next_batch(2) is None
+
+
 def test_a_lease_that_was_not_ready_is_asked_again() -> None:
     answers: list[Message] = [NotReady("0 of 2 groups"), NotReady("1 of 2 groups"), Batch(0, ())]
     hub = ScriptedHub(lambda lease: answers.pop(0))
