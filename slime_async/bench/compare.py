@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from slime_async.bench.intervals import Estimate, estimate, ratio
+from slime_async.bench.intervals import Estimate, rate, ratio
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode
 from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
@@ -123,7 +123,7 @@ def compare(
 ) -> Comparison:
     """Rows in the order of ``measurements``, each of the mode of its name."""
     by_name = {mode.name: mode for mode in modes}
-    speeds = [estimate(measurement.samples_per_s) for measurement in measurements]
+    speeds = [rate_of(measurement, "samples") for measurement in measurements]
     sync = [speed for speed, m in zip(speeds, measurements, strict=True) if m.synchronous]
     best = max(sync, key=lambda speed: speed.mean, default=Estimate(math.nan, math.nan))
     rows = [
@@ -145,6 +145,11 @@ def ideal_of(
         generate_s=sampled / (len(mode.actor_devices) * engine.tokens_per_s),
         train_s=computed / (learner.tokens_per_s * devices / learner.devices),
     )
+
+
+def rate_of(measured: Measurement, what: str) -> Estimate:
+    """Per second; ``what`` is a count of ``Window``."""
+    return rate([getattr(w, what) for w in measured.windows], [w.seconds for w in measured.windows])
 
 
 def waiting_fraction(measured: Measurement, side: str) -> float:
@@ -182,8 +187,7 @@ HEADS = (
 def cells(row: Row) -> tuple[str, ...]:
     """As ``HEADS``."""
     m = row.measurement
-    sampled = estimate([window.sampled_tokens_per_s for window in m.windows]).mean
-    computed = estimate([window.batch_tokens_per_s for window in m.windows]).mean
+    sampled, computed = rate_of(m, "sampled_tokens").mean, rate_of(m, "batch_tokens").mean
     return (
         m.mode,
         str(m.max_staleness),

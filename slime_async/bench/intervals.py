@@ -41,6 +41,12 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, quantile * deviation / math.sqrt(n))
 
 
+def rate(amounts: Sequence[float], seconds: Sequence[float]) -> Estimate:
+    """Of all windows together; its interval is that of the windows' own rates."""
+    spread = estimate([amount / second for amount, second in zip(amounts, seconds, strict=True)])
+    return Estimate(sum(amounts) / sum(seconds), spread.half_width)
+
+
 def ratio(over: Estimate, under: Estimate) -> Estimate:
     """Of two independent means, by the delta method."""
     value = over.mean / under.mean

@@ -31,14 +31,6 @@ class Window:
     def samples_per_s(self) -> float:
         return self.samples / self.seconds
 
-    @property
-    def sampled_tokens_per_s(self) -> float:
-        return self.sampled_tokens / self.seconds
-
-    @property
-    def batch_tokens_per_s(self) -> float:
-        return self.batch_tokens / self.seconds
-
 
 def cut(
     steps: Sequence[dict[str, Any]], begin_s: float, warmup_s: float, windows: int, window_s: float, batch: int

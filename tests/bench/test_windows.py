@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from slime_async.bench.intervals import Estimate, estimate, ratio, same_distribution
+from slime_async.bench.intervals import Estimate, estimate, rate, ratio, same_distribution
 from slime_async.bench.windows import cut
 
 
@@ -20,7 +20,7 @@ def test_windows_begin_and_end_with_steps_and_follow_each_other() -> None:
     assert [(w.start_s, w.end_s) for w in windows] == [(6.0, 15.0), (15.0, 27.0), (27.0, 36.0)]
     assert [w.samples for w in windows] == [24, 32, 24]
     assert windows[0].samples_per_s == pytest.approx(8 / 3)
-    assert windows[0].batch_tokens_per_s == pytest.approx(40.0)
+    assert windows[0].batch_tokens == 360
 
 
 def test_the_rate_does_not_depend_on_where_the_edges_fall() -> None:
@@ -44,6 +44,12 @@ def test_an_interval_is_students() -> None:
     assert math.isnan(estimate([1.0]).half_width)
     with pytest.raises(ValueError, match="nothing to average"):
         estimate([])
+
+
+def test_a_rate_over_unequal_windows_counts_every_second_alike() -> None:
+    together = rate([10.0, 60.0], [10.0, 20.0])
+    assert together.mean == pytest.approx(70 / 30)
+    assert together.half_width == pytest.approx(estimate([1.0, 3.0]).half_width)
 
 
 def test_a_ratios_interval_joins_those_of_both() -> None:
