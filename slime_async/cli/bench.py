@@ -26,10 +26,10 @@ from slime_async.bench.page import write_page
 from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
 from slime_async.cli.bench_run import on_devices, run_mode
 from slime_async.cli.common import add_config_argument, config_of
-from slime_async.cli.launch import RoleCommand
 from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.prepare import prepare_model
-from slime_async.cli.roles import learner_interpreter, thread_environment
+from slime_async.cli.roles import thread_environment
 from slime_async.cli.saturate import START
 from slime_async.cli.supervise import RunError
 from slime_async.cli.train import check_modules
@@ -192,19 +192,13 @@ class Bench:
         run = config.run.model_copy(update={"steps": 10**6})
         file = self._directory / f"{side}.toml"
         file.write_text(dump_toml(config.model_copy(update={"learner": learner, "run": run})), encoding="utf-8")
-        argv = (
-            *learner_interpreter(ranks),
-            "-m",
-            "slime_async.cli.saturate",
-            side,
-            str(file),
-            str(self._directory),
-            *more,
-        )
+        arguments = ("-m", "slime_async.cli.saturate", side, str(file), str(self._directory), *more)
         environment = {**thread_environment(threads), "NCCL_CUMEM_ENABLE": "0"}
         launcher = LocalLauncher(self._directory / "logs")
         name = f"{side}-{len(devices)}"
-        process = await launcher.start(on_devices(RoleCommand(name, argv, environment), config, list(devices)))
+        process = await launcher.start(
+            on_devices(RoleCommand(name, arguments, environment, ranks), config, list(devices))
+        )
         try:
             async with asyncio.timeout(SIDE_TIMEOUT_S):
                 code = await process.wait()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from slime_async.bench.measure import Measurement, measure
 from slime_async.bench.modes import Mode, configure, on_gpus
-from slime_async.cli.launch import RoleCommand
 from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.roles import plan_run
 from slime_async.cli.run_directory import JOURNAL, make_run_directory, owned, write_config
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
@@ -50,7 +50,7 @@ def on_devices(command: RoleCommand, config: Config, devices: Sequence[int]) -> 
     if taskset is None:
         raise ConfigError("slime-async bench keeps each process to its CPU cores with taskset (util-linux): install it")
     cores = ",".join(str(core_of(device)) for device in devices)
-    return replace(command, argv=(taskset, "--cpu-list", cores, *command.argv))
+    return replace(command, prefix=(taskset, "--cpu-list", cores))
 
 
 def plan_mode(config: Config, run: Path, mode: Mode, urls: Mapping[int, str]) -> RunPlan:
@@ -66,7 +66,7 @@ def plan_mode(config: Config, run: Path, mode: Mode, urls: Mapping[int, str]) ->
         if not urls:
             return on_devices(command, config, [device])
         own = ("--actor.count", "1", "--actor.engine-urls", f'["{urls[device]}"]')
-        return replace(command, argv=(*command.argv, *own))
+        return replace(command, arguments=(*command.arguments, *own))
 
     return replace(plan, learner=learner, actor=actor)
 
