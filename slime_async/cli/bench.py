@@ -24,9 +24,8 @@ from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode, configure, modes_of, on_gpus
 from slime_async.bench.page import write_page
 from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
-from slime_async.cli.bench_run import on_devices, run_mode
+from slime_async.cli.bench_run import DeviceLauncher, run_mode
 from slime_async.cli.common import add_config_argument, config_of
-from slime_async.cli.launch_local import LocalLauncher
 from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.prepare import prepare_model
 from slime_async.cli.roles import thread_environment
@@ -194,11 +193,9 @@ class Bench:
         file.write_text(dump_toml(config.model_copy(update={"learner": learner, "run": run})), encoding="utf-8")
         arguments = ("-m", "slime_async.cli.saturate", side, str(file), str(self._directory), *more)
         environment = {**thread_environment(threads), "NCCL_CUMEM_ENABLE": "0"}
-        launcher = LocalLauncher(self._directory / "logs")
+        launcher = DeviceLauncher(self._directory / "logs", config, lambda _: devices)
         name = f"{side}-{len(devices)}"
-        process = await launcher.start(
-            on_devices(RoleCommand(name, arguments, environment, ranks), config, list(devices))
-        )
+        process = await launcher.start(RoleCommand(name, arguments, environment, ranks))
         try:
             async with asyncio.timeout(SIDE_TIMEOUT_S):
                 code = await process.wait()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from slime_async.bench.measure import Measurement, measure
 from slime_async.bench.modes import Mode, configure, on_gpus
-from slime_async.cli.launch_local import LocalLauncher
-from slime_async.cli.launcher import RoleCommand
+from slime_async.cli.launch_local import LocalLauncher, LocalProcess
+from slime_async.cli.launcher import RoleCommand, place_of, torchrun
 from slime_async.cli.roles import plan_run
 from slime_async.cli.run_directory import JOURNAL, make_run_directory, owned, write_config
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
@@ -41,34 +42,57 @@ def core_of(device: int) -> int:
     return cores[device]
 
 
-def on_devices(command: RoleCommand, config: Config, devices: Sequence[int]) -> RoleCommand:
-    """The same command, kept to these GPUs or cores."""
-    if on_gpus(config):
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
-        return replace(command, environment={**command.environment, **visible})
-    taskset = shutil.which("taskset")
-    if taskset is None:
-        raise ConfigError("slime-async bench keeps each process to its CPU cores with taskset (util-linux): install it")
-    cores = ",".join(str(core_of(device)) for device in devices)
-    return replace(command, prefix=(taskset, "--cpu-list", cores))
+class DeviceLauncher(LocalLauncher):
+    """Keeps roles to their devices: to the GPUs that they see, or to CPU cores."""
+
+    def __init__(self, logs: Path, config: Config, devices_of: Callable[[RoleCommand], Sequence[int] | None]) -> None:
+        """``devices_of`` gives a role's devices, or None for one that may run anywhere."""
+        super().__init__(logs)
+        self._on_gpus = on_gpus(config)
+        self._devices_of = devices_of
+
+    async def start(self, command: RoleCommand) -> LocalProcess:
+        devices = self._devices_of(command)
+        if devices is None:
+            return await super().start(command)
+        if self._on_gpus:
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+            return await super().start(replace(command, environment={**command.environment, **visible}))
+        taskset = shutil.which("taskset")
+        if taskset is None:
+            raise ConfigError(
+                "slime-async bench keeps each process to its CPU cores with taskset (util-linux): install it"
+            )
+        cores = ",".join(str(core_of(device)) for device in devices)
+        python = (sys.executable, *torchrun(command.ranks), *command.arguments)
+        return await self.run(command, (taskset, "--cpu-list", cores, *python))
 
 
 def plan_mode(config: Config, run: Path, mode: Mode, urls: Mapping[int, str]) -> RunPlan:
     """The commands of one mode; ``urls`` are SGLang servers by their first device, which outlive the run."""
     plan = plan_run(config, run)
 
-    def learner(address: str, name: str) -> RoleCommand:
-        return on_devices(plan.learner(address, name), config, mode.learner_devices)
-
     def actor(address: str, name: str) -> RoleCommand:
-        device = mode.actor_devices[int(name.removeprefix("actor-"))]
         command = plan.actor(address, name)
         if not urls:
-            return on_devices(command, config, [device])
-        own = ("--actor.count", "1", "--actor.engine-urls", f'["{urls[device]}"]')
+            return command
+        own = ("--actor.count", "1", "--actor.engine-urls", f'["{urls[_actor_device(mode, name)]}"]')
         return replace(command, arguments=(*command.arguments, *own))
 
-    return replace(plan, learner=learner, actor=actor)
+    return replace(plan, actor=actor)
+
+
+def devices_of(mode: Mode, urls: Mapping[int, str], command: RoleCommand) -> Sequence[int] | None:
+    """The devices that a role of this mode computes on itself; the hub and actors of servers do not."""
+    if command.role == "learner":
+        return mode.learner_devices
+    if command.role == "actor" and not urls:
+        return [_actor_device(mode, command.name)]
+    return None
+
+
+def _actor_device(mode: Mode, name: str) -> int:
+    return mode.actor_devices[int(place_of(name).removeprefix("actor-"))]
 
 
 async def run_mode(config: Config, mode: Mode, directory: Path, urls: Mapping[int, str]) -> Measurement:
@@ -79,14 +103,15 @@ async def run_mode(config: Config, mode: Mode, directory: Path, urls: Mapping[in
     with owned(run):
         write_config(own, run)
         write_environment(run)
-        await _supervise(own, run, plan_mode(own, run, mode, urls))
+        launcher = DeviceLauncher(run / "logs", own, partial(devices_of, mode, urls))
+        await _supervise(own, run, plan_mode(own, run, mode, urls), launcher)
     return measure(read_run(run), mode, bench, lengths_by_version(run))
 
 
-async def _supervise(config: Config, run: Path, plan: RunPlan) -> None:
+async def _supervise(config: Config, run: Path, plan: RunPlan, launcher: LocalLauncher) -> None:
     events = EventLog(run / "events.jsonl")
     events.write("run_started", staleness_bound=config.staleness.max_staleness)
-    supervisor = Supervisor(LocalLauncher(run / "logs"), plan, partial(_record, events))
+    supervisor = Supervisor(launcher, plan, partial(_record, events))
     outcome, reason = "failed", ""
     limit_s = (config.run.time_limit_s or 0) + END_S
     try:

@@ -67,7 +67,7 @@ class LocalLauncher:
 
     async def start(self, command: RoleCommand) -> LocalProcess:
         """Start one role. Must be called from the main thread: children die with the thread that started them."""
-        return await self.run(command, (*command.prefix, sys.executable, *torchrun(command.ranks), *command.arguments))
+        return await self.run(command, (sys.executable, *torchrun(command.ranks), *command.arguments))
 
     async def run(self, command: RoleCommand, argv: Sequence[str]) -> LocalProcess:
         """Start ``argv`` in the role's name and environment."""

@@ -43,8 +43,6 @@ class RoleCommand:
     """Over the environment of the launcher"""
     ranks: int = 1
     """Processes that do this together, through torchrun when there is more than one"""
-    prefix: tuple[str, ...] = ()
-    """What Python is started by, such as ``taskset``; on this machine only"""
 
     @property
     def role(self) -> Role:

@@ -28,6 +28,8 @@ from slime_async.protocol import Batch, Reservation
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
 
 if TYPE_CHECKING:
+    import torch
+
     from slime_async.actors.engine import Engine
     from slime_async.actors.rollout import Rollout
     from slime_async.learner.trainer import Trainer
@@ -217,6 +219,21 @@ class MemoryFeed:
         )
 
 
+class FromFirstRank:
+    """The same batches on every rank, the end included: the clock of the first rank decides."""
+
+    def __init__(self, feed: MemoryFeed, device: torch.device) -> None:
+        self._feed = feed
+        self._device = device
+
+    def next_batch(self, train_version: int) -> Batch | None:
+        import torch.distributed as dist
+
+        from slime_async.learner.fetch import broadcast
+
+        return broadcast(self._feed.next_batch(train_version) if dist.get_rank() == 0 else None, 0, self._device)
+
+
 def saturate_learner(config: Config, directory: Path) -> SaturatedLearner | None:
     """Seconds per batch of the learner's own loop; every rank takes part, the first one answers."""
     import torch
@@ -254,7 +271,7 @@ def saturate_learner(config: Config, directory: Path) -> SaturatedLearner | None
     checkpoints, start, outlet = CheckpointDirectory(directory / "checkpoints"), Start(1), Timed()
     trainer = Trainer.build(config, Path(config.model.path))
     vocabulary = int(json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"])
-    feed = MemoryFeed(config, json.loads((directory / EPISODES).read_text()), vocabulary)  # the same on every rank
+    feed = FromFirstRank(MemoryFeed(config, json.loads((directory / EPISODES).read_text()), vocabulary), trainer.device)
     checkpointer = Checkpointer(config, trainer, checkpoints, start.incarnation, None, outlet.durable)
     with closing(SpanRecorder(None, "learner")) as recorder:
         train(config, trainer, feed, outlet, recorder, checkpointer, start)
