@@ -40,7 +40,9 @@ from benchmarks.weight_sync_models import (
     SUPPORTED_GPU_ARGUMENTS,
     layers_30b_a3b,
     make_config,
-    write_random_checkpoint,
+    weight_bytes,
+    write_config,
+    write_random_weights,
 )
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import Engine, GenerateRequest, PauseMode, SamplingParams
@@ -57,6 +59,8 @@ from slime_async.transport.weight_group import WeightGroup, consecutive_parts, h
 
 BUCKET_BYTES = 512 << 20
 TIMEOUT_S = 120.0
+START_TIMEOUT_S = 400.0
+BEGUN_S = time.monotonic()
 CONTEXT = 4096
 ENGINE_BUFFER_BYTES = WeightsConfig().engine_buffer_bytes
 LAYERS_MEASURED = 8
@@ -75,6 +79,44 @@ class Round:
     """Requests that were being sampled when the weights changed"""
 
 
+class RawPeer:
+    """A process that does nothing but receive tensors of so many bytes, one after the other."""
+
+    def __init__(self, bench: Bench, sizes: Sequence[int]) -> None:
+        self._gpu, self._rounds, self._sizes = bench.gpu, bench.rounds + 1, sizes
+        self._spec, self._store = host_group(f"raw-{len(sizes)}", 1, 2, bench.backend, START_TIMEOUT_S)
+        self._peer: asyncio.subprocess.Process | None = None
+
+    async def launch(self) -> None:
+        """What it imports takes a while; it waits for ``broadcast_s``."""
+        command = [sys.executable, "-m", "benchmarks.weight_sync", "--peer", json.dumps(asdict(self._spec))]
+        command += ["--rounds", str(self._rounds), "--peer-sizes", ",".join(map(str, self._sizes))]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"} if self._gpu else dict(os.environ)
+        self._peer = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+
+    async def broadcast_s(self) -> list[float]:
+        """Seconds of every round from the first byte to the peer's word that it has the last."""
+        assert self._peer is not None
+        assert self._peer.stdout is not None
+        flat = torch.empty(max(self._sizes), dtype=torch.uint8, device="cuda" if self._gpu else "cpu")
+        tensors = [(str(i), flat[:size]) for i, size in enumerate(self._sizes)]
+        group = await asyncio.to_thread(WeightGroup.create, self._spec, 0)
+        times = []
+        for _ in range(self._rounds):
+            begun = time.perf_counter()
+            await asyncio.to_thread(group.send, tensors)
+            async with asyncio.timeout(TIMEOUT_S):
+                assert await self._peer.stdout.readline(), "the raw peer died"
+            times.append(time.perf_counter() - begun)
+        await self._peer.wait()
+        group.close()
+        return times[1:]  # the first one connects
+
+    def end(self) -> None:
+        if self._peer is not None and self._peer.returncode is None:
+            self._peer.kill()
+
+
 class Bench:
     """A learner, an engine, and the group between them."""
 
@@ -83,14 +125,21 @@ class Bench:
         self.backend: Literal["gloo", "nccl"] = "nccl" if self.gpu else "gloo"
         self.rounds, self.requests = arguments.rounds, arguments.requests
         self.directory = directory
+        self.shape, self.device = arguments.shape, "cuda" if self.gpu else "cpu"
         self.checkpoint = directory / "model"
-        write_random_checkpoint(self.checkpoint, arguments.shape, "cuda" if self.gpu else "cpu")
+        self.config = write_config(self.checkpoint, self.shape, self.device)
+        self.bytes = weight_bytes(self.config)
+
+    def build(self) -> None:
+        """The learner's side; on GPUs while the server starts beside it."""
+        write_random_weights(self.checkpoint, self.config, self.device)
         if self.gpu:
             torch.cuda.empty_cache()
-        self.trainer = Trainer.build(make_config(self.checkpoint, arguments.shape), self.checkpoint)
+        config = make_config(self.checkpoint, self.shape)
+        self.trainer = Trainer.build(config, self.checkpoint, random_weights=True)
         self.snapshots = Snapshots(self.trainer.manifest(), self.trainer.device)
         self.manifest = self.trainer.manifest()
-        self.bytes = sum(map(tensor_bytes, self.manifest.tensors))
+        assert self.bytes == sum(map(tensor_bytes, self.manifest.tensors))
         self.version = 0
 
     # ------------------------------------------------------------------------------------------- alone
@@ -103,28 +152,6 @@ class Bench:
         self.snapshots.fill(snapshot, self.trainer.export)
         self._synchronize()
         return time.perf_counter() - begun
-
-    async def raw_broadcast_s(self, sizes: Sequence[int]) -> list[float]:
-        """Tensors of so many bytes, one after the other, to a process that does nothing else."""
-        flat = torch.empty(max(sizes), dtype=torch.uint8, device=self.trainer.device)
-        tensors = [(str(i), flat[:size]) for i, size in enumerate(sizes)]
-        spec, store = host_group(f"raw-{len(sizes)}", 1, 2, self.backend, TIMEOUT_S)
-        command = [sys.executable, "-m", "benchmarks.weight_sync", "--peer", json.dumps(asdict(spec))]
-        command += ["--rounds", str(self.rounds + 1), "--peer-sizes", ",".join(map(str, sizes))]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"} if self.gpu else dict(os.environ)
-        peer = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
-        group = await asyncio.to_thread(WeightGroup.create, spec, 0)
-        del store
-        assert peer.stdout is not None
-        times = []
-        for _ in range(self.rounds + 1):
-            begun = time.perf_counter()
-            await asyncio.to_thread(group.send, tensors)
-            await peer.stdout.readline()
-            times.append(time.perf_counter() - begun)
-        await peer.wait()
-        group.close()
-        return times[1:]  # the first one connects
 
     # ------------------------------------------------------------------------------------ with an engine
 
@@ -187,13 +214,23 @@ class Bench:
 
 async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures, and what else is worth keeping."""
-    conversion = [bench.conversion_s() for _ in range(bench.rounds + 2)][2:]  # two sets of buffers are new
-    raw = await bench.raw_broadcast_s([bench.bytes])
-    layers = await bench.raw_broadcast_s(layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
     engine = bench.make_engine()
+    raw_peer = RawPeer(bench, [bench.bytes])
+    layers_peer = RawPeer(bench, layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
+        for other in (raw_peer, layers_peer):
+            stack.callback(other.end)
+            await other.launch()
+        building = asyncio.create_task(asyncio.to_thread(bench.build))
+        if not bench.gpu:
+            await building  # the embedded engine starts with the checkpoint's weights, a server with random ones
         await engine.start()
+        await building
+        say("learner and engine are there")
+        conversion = [bench.conversion_s() for _ in range(bench.rounds + 2)][2:]  # two sets of buffers are new
+        raw, layers = await raw_peer.broadcast_s(), await layers_peer.broadcast_s()
+        say("measured alone")
         spec, store = host_group("weights", 1, 1 + engine.num_ranks, bench.backend, TIMEOUT_S)
         group, _ = await asyncio.gather(
             asyncio.to_thread(WeightGroup.create, spec, 0), engine.join_weight_group(spec, 1)
@@ -205,8 +242,10 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         answers = [asyncio.create_task(engine.generate(_request(i))) for i in range(bench.requests)]
         while (await engine.status()).running_requests < bench.requests:
             await asyncio.sleep(0.01)
+        say(f"{bench.requests} requests are in flight")
         rounds = [await bench.publish(engine, group, thread) for _ in range(bench.rounds)]
         bucketed = [await bench.bucketed_s(engine, group) for _ in range(bench.rounds)]
+        say("published")
         lost = 0
         for request in list(answers):
             answer = await request
@@ -234,6 +273,10 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         "computed_30b_a3b": _computed(bench.bytes, conversion_s, median(layers), rounds) if bench.gpu else None,
     }
     return figures, details
+
+
+def say(what: str) -> None:
+    print(f"{time.monotonic() - BEGUN_S:6.1f} s  {what}", flush=True)
 
 
 def _computed(measured_bytes: int, conversion_s: float, layers_s: float, rounds: list[Round]) -> dict[str, float]:

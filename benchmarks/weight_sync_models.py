@@ -54,11 +54,29 @@ def layers_30b_a3b(layers: int) -> list[int]:
     return [2 * size for size in [151_936 * hidden, *layer * layers, hidden, 151_936 * hidden]]
 
 
-def write_random_checkpoint(directory: Path, shape: str, device: str) -> None:
-    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=POSITIONS, tie_word_embeddings=True)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def write_config(directory: Path, shape: str, device: str) -> Qwen3Config:
+    """All that a server needs which starts with random weights."""
+    config = Qwen3Config(
+        **SHAPES[shape],
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16" if device == "cuda" else "float32",
+    )
+    config.save_pretrained(directory)
+    return config
+
+
+def weight_bytes(config: Qwen3Config) -> int:
+    """Of all tensors, in the type that the configuration names."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def write_random_weights(directory: Path, config: Qwen3Config, device: str) -> None:
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     model.save_pretrained(directory)
 
 
