@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ def on_slurm(config: Path | None) -> tuple[int, Start]:
     sizes = [os.environ.get(f"SLURM_JOB_NUM_NODES_HET_GROUP_{index}") for index in range(components)]
     nodes = sum(int(size) for size in sizes if size) or int(os.environ["SLURM_JOB_NUM_NODES"])
 
-    async def start(address: str) -> None:
+    async def start(address: str) -> Callable[[], Awaitable[int]]:
         groups = (f"--het-group=0-{components - 1}",) if components > 1 else ()
         step = ("srun", *groups, "--ntasks-per-node=1", "--overlap", "--input=none", *_report(config, address))
-        await asyncio.create_subprocess_exec(*step)
+        return (await asyncio.create_subprocess_exec(*step)).wait
 
     return nodes, start
 

@@ -19,6 +19,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from slime_async.config import Config, ConfigError
@@ -42,21 +43,26 @@ class Collector:
         self._file = self._directory / f".doctor-{secrets.token_hex(8)}"
         self._nodes: list[Node] = []
         self._enough = asyncio.Event()
+        self._talks: set[asyncio.Task[None]] = set()
 
     async def collect(self, host: str, port: int, started: Callable[[str], Any], timeout_s: float) -> list[Node]:
-        """Listen, tell ``started`` where, and wait; gives the reports that came."""
+        """Listen, tell ``started`` where, and wait; gives the reports that came.
+
+        ``started`` may give an awaitable, and that an asynchronous function which returns when what it began is over.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         self._file.write_text("seen")
         server = await asyncio.start_server(self._talk, host, port, limit=LINE_LIMIT_BYTES)
         try:
             listening = server.sockets[0].getsockname()
             starting = started(f"{listening[0]}:{listening[1]}")
-            if starting is not None:
-                await starting
-            async with asyncio.timeout(timeout_s):
-                await self._enough.wait()
-        except TimeoutError:
-            pass  # who is missing, the findings say
+            over = None if starting is None else await starting
+            with suppress(TimeoutError):  # who is missing, the findings say
+                await asyncio.wait_for(self._enough.wait(), timeout_s)
+                if self._talks:
+                    await asyncio.wait(self._talks, timeout=ANSWER_TIMEOUT_S)
+                if over is not None:
+                    await asyncio.wait_for(over(), ANSWER_TIMEOUT_S)
         finally:
             server.close()
             self._file.unlink(missing_ok=True)
@@ -64,6 +70,10 @@ class Collector:
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")[0]
+        task = asyncio.current_task()
+        assert task is not None
+        self._talks.add(task)
+        task.add_done_callback(self._talks.discard)
         try:
             while line := await reader.readline():
                 writer.write(json.dumps(await self._answer(json.loads(line), peer)).encode() + b"\n")

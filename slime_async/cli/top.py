@@ -23,6 +23,8 @@ from slime_async.protocol import GetStatus, Hello, Message, RunStatus, Shutdown
 
 CALL_TIMEOUT_S = 10.0
 REFRESH_S = 1.0
+WIDTH = 140
+"""Where there is no window: in a file, or a pipe"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,14 @@ async def show_once(target: Target, status: Callable[[], Awaitable[RunStatus]]) 
     """Rates need two looks."""
     from rich.console import Console
 
+    from slime_async.cli.live import has_terminal
     from slime_async.cli.top_view import Overview, table
 
     overview = Overview(target.max_staleness)
     overview.update(await status(), time.monotonic())
     await asyncio.sleep(REFRESH_S)
     overview.update(await status(), time.monotonic())
-    Console(highlight=False).print(table(overview))
+    Console(highlight=False, width=None if has_terminal() else WIDTH).print(table(overview))
 
 
 async def show(target: Target, status: Callable[[], Awaitable[RunStatus]], over: asyncio.Event) -> None:

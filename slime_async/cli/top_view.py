@@ -44,7 +44,8 @@ def table(overview: Overview) -> RenderableType:
     for column in COLUMNS:
         roles.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
     roles.add_row(*_hub_row(status))
-    for peer in sorted(status.peers, key=lambda peer: (peer.role != "learner", peer.role, peer.name)):
+    roles_at_work = [peer for peer in status.peers if peer.role != "observer"]
+    for peer in sorted(roles_at_work, key=lambda peer: (peer.role != "learner", peer.role, peer.name)):
         style = "red" if peer.silent_s > SILENT_S else ""
         roles.add_row(*_row(peer), style=style)
     return Group(

@@ -369,7 +369,9 @@ class LoggersConfig(Section):
     wandb_mode: Literal["online", "offline"] = "online"
     """Offline writes files only, for ``wandb sync`` later"""
     prometheus: bool = False
-    """Every role serves its numbers to Prometheus, which finds it by the run directory's ``prometheus/PROCESS.json``"""
+    """Every role serves its numbers to Prometheus, which finds it by a file (see the next)"""
+    prometheus_targets: Path | None = None
+    """Directory of the files RUN-PROCESS.json that Prometheus discovers; when not set, ``prometheus`` in the run's"""
     prometheus_address: str = "127.0.0.1"
     """Where it listens; 0.0.0.0 lets other machines scrape it, unauthenticated: keep the port inside the cluster"""
     prometheus_port: int = Field(0, ge=0, le=65435)

@@ -1,10 +1,11 @@
 """A Prometheus endpoint for a role's process, and the file by which Prometheus finds it.
 
-``RUN/prometheus/PROCESS.json`` is one target of Prometheus' file-based service discovery; it goes with the process::
+``RUN-PROCESS.json`` is one target of Prometheus' file-based service discovery; it goes with the process. Prometheus
+takes a ``*`` in the last part of a path only, so all runs of a cluster should write into one directory::
 
     scrape_configs:
       - job_name: slime-async
-        file_sd_configs: [{files: ["/shared/runs/*/prometheus/*.json"]}]
+        file_sd_configs: [{files: ["/shared/prometheus/*.json"]}]       # loggers.prometheus_targets
 
 Numbers are computed when they are asked for; nothing is kept beyond what the process tells of itself anyway.
 """
@@ -81,7 +82,7 @@ def served(config: LoggersConfig, process: Process, run_directory: Path, sampled
     registry.register(ProcessMetrics(process, sampled))
     ProcessCollector(registry=registry)
     server, thread = _listen(config, registry)
-    target = run_directory / DIRECTORY / f"{process.name}.json"
+    target = (config.prometheus_targets or run_directory / DIRECTORY) / f"{run_directory.name}-{process.name}.json"
     try:
         host = config.prometheus_address
         address = f"{own_address() if host in ('0.0.0.0', '::') else host}:{server.server_port}"

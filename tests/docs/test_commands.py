@@ -47,6 +47,8 @@ LAUNCH = re.compile(r"slime-async launch slurm .*--dry-run$")
 AGAINST_A_RUN = re.compile(r"slime-async (top|scale) ")
 """Needs a job that goes on"""
 JOIN = re.compile(r"slime-async actor config\.toml ")
+INSTALL = re.compile(r"pip install 'slime-async\[\w+\]'$")
+"""Changes the reader's environment; which extras there are, pyproject.toml says"""
 SHELL_STATE = re.compile(r"\. \.venv/bin/activate$")
 """Changes the reader's shell; what it makes available is what everything here runs with"""
 BENCH = re.compile(r"slime-async bench \S+\.toml$")
@@ -73,6 +75,7 @@ RULES = (
     AGAINST_A_RUN,
     JOIN,
     SHELL_STATE,
+    INSTALL,
 )
 
 ALL = commands()

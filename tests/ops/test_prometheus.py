@@ -65,8 +65,9 @@ def test_an_endpoint_serves_what_the_process_told_last(tmp_path: Path) -> None:
 
 
 def test_prometheus_finds_a_process_as_long_as_it_lives(tmp_path: Path) -> None:
-    target = tmp_path / "prometheus" / "actor-0.json"
-    with served(ON, process("actor"), tmp_path, SAMPLED) as address:
+    target = tmp_path / "shared" / f"{tmp_path.name}-actor-0.json"
+    config = ON.model_copy(update={"prometheus_targets": tmp_path / "shared"})
+    with served(config, process("actor"), tmp_path, SAMPLED) as address:
         labels = {"run": tmp_path.name, "role": "actor", "process": "actor-0"}
         assert json.loads(target.read_text()) == [{"targets": [address], "labels": labels}]
     assert not target.exists()
