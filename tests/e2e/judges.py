@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from slime_async.actors.judging import Group
 
-MEAN = 0.5
+MEAN = 0.375
+"""Of groups of four"""
 
 
 def ranked(group: Group) -> list[float]:
-    """From 0 for the first sample to 1 for the last, whatever they say."""
-    last = len(group.samples) - 1
-    return [sample / last for sample in range(len(group.samples))]
+    """0 for the first sample, and a quarter more for each one after it, whatever they say."""
+    return [sample / 4 for sample in range(len(group.samples))]
 
 
 def ascending(group: Group) -> bool:
