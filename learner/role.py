@@ -255,8 +255,9 @@ class Learner:
         self._events.write("phase", name="rl", done=False)
         train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
-        with self._recorder.span("wait_engines"):
+        with self._recorder.span("evaluate", evaluation="on schedule"):
             self._evaluations.finish(config.evaluation.timeout_s)
+        with self._recorder.span("wait_engines"):
             self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
         if config.evaluation.after:
             self._evaluate("after")
