@@ -272,8 +272,9 @@ class Learner:
         with self._feed(trainer) as feed:
             reached = train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
-        with self._recorder.span("wait_engines"):
+        with self._recorder.span("evaluate", evaluation="on schedule"):
             self._evaluations.finish(config.evaluation.timeout_s)
+        with self._recorder.span("wait_engines"):
             self._publisher.wait_published(reached, publication_timeout_s(config))
         if config.evaluation.after:
             self._evaluate("after")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from slime_async.transport.security import make_keys
+from tests.e2e import judges
 from tests.e2e.runs import ROOT, TIMEOUT_S, environment, flags, started
 
 GONE_TIMEOUT_S = 30.0
@@ -89,16 +90,29 @@ def test_keys_that_are_missing_are_told_before_anything_trains(tmp_path: Path) -
         assert "Traceback" not in output
 
 
-def test_a_hub_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    with started(tmp_path / "runs", {"run.steps": "30"}) as run:
+def test_a_hub_that_is_killed_goes_on_where_it_was_with_its_judge_and_evaluations(tmp_path: Path) -> None:
+    settings = {"task.group-reward": f"{judges.__name__}:ranked", "task.filter": f"{judges.__name__}:ascending"}
+    settings |= {"evaluation.interval-versions": "5", "evaluation.samples": "2", "evaluation.before": "false"}
+    with started(tmp_path / "runs", {"run.steps": "30", **settings}) as run:
         run.wait_for("three steps", lambda: len(run.steps()) >= 3)
         [hub] = run.pids("hub")
         os.kill(hub, signal.SIGKILL)
         code, output = run.finish()
         assert code == 0, output
         assert run.summary()["hub_deaths"] == 1
-        assert run.summary()["steps"] == 30
         assert [step["step"] for step in run.steps()] == list(range(30))
+        assert {step["reward_mean"] for step in run.steps()} == {judges.MEAN}
+        assert sum(step["groups_filtered"] for step in run.steps()) > 0
+        audit = [sys.executable, "-m", "slime_async.cli.main", "audit", str(run.path)]
+        result = subprocess.run(audit, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
+        assert result.returncode == 0, result.stdout
+        assert "filtered)" in result.stdout
+        beside = [e for e in run.events() if e["event"] == "evaluation" and e["name"].startswith("version_")]
+        assert beside
+        for result_event in beside:
+            assert result_event["tasks"] == 16
+            assert result_event["accuracy"] <= result_event["pass@2"] <= 1
+            assert result_event["pinned"] == (result_event["version_first"] == result_event["version"])
 
 
 @pytest.mark.parametrize("role", ["hub", "learner"])
