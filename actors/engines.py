@@ -66,6 +66,7 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
         max_context=config.sampling.max_context_tokens,
         startup_timeout_s=actor.startup_timeout_s,
         stall_timeout_s=actor.engine_stall_timeout_s,
+        buffer_bytes=config.weights.engine_buffer_bytes,
         api_key=str(keys.get("api_key", "")),
         admin_key=str(keys.get("admin_api_key", "")),
         on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
@@ -83,11 +84,7 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
 
     if actor.engine_urls:
         return [external(url) for url in actor.engine_urls]
-    if not installed_version():
-        raise ConfigError(
-            "actor.engine = 'sglang', but SGLang is not installed here: pip install 'slime-async[sglang]', or name "
-            "servers that run elsewhere in actor.engine_urls"
-        )
+    check_installed()
     arguments = server_arguments(checkpoint, config.sampling.max_context_tokens, config.sglang)
     try:
         shares = share_devices(actor.devices, actor.engines, num_ranks(config.sglang))
@@ -111,13 +108,24 @@ def server_arguments(
     return tuple(command_line({**ours, **arguments}))
 
 
+def check_installed() -> None:
+    """Raise ``ConfigError`` where SGLang is missing or too old."""
+    version = installed_version()
+    if not version:
+        raise ConfigError(
+            "actor.engine = 'sglang', but SGLang is not installed here: pip install 'slime-async[sglang]', or name "
+            "servers that run elsewhere in actor.engine_urls"
+        )
+    features_of(version)
+
+
 def check_engines(config: Config) -> None:
-    """Raise ``ConfigError`` for ``[sglang]`` arguments and devices that cannot work, before any process starts."""
-    if config.actor.engine != "sglang":
+    """Raise ``ConfigError`` for what keeps this machine's SGLang servers from starting, before any process does."""
+    if config.actor.engine != "sglang" or config.actor.engine_urls:
         return
+    if config.actor.count:
+        check_installed()
     check_arguments(config.sglang)
-    if config.actor.engine_urls:
-        return
     per_actor: Sequence[int] = config.actor.devices[: len(config.actor.devices) // max(1, config.actor.count)]
     if config.actor.devices:
         try:

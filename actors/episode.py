@@ -16,6 +16,7 @@ perhaps for another role. A sampled token is trained once, in the branch that sa
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,9 +72,10 @@ class BranchBuilder:
         self.reward: float | None = None
         """What this branch earned at its end; the episode's final reward when left at None"""
         self._root = root
-        self._token_ids = list(context)
-        self._loss_mask = [0] * len(context)
-        self._logprobs = [0.0] * len(context)
+        # nine bytes per token: thousands of episodes wait at once, each with its whole history
+        self._token_ids = array("i", context)
+        self._loss_mask = bytearray(len(context))
+        self._logprobs = array("f", bytes(4 * len(context)))
         self._spans: list[VersionSpan] = []
         self._turn_rewards: dict[int, float] = {}
         """By position of the turn's last token"""
@@ -81,7 +83,7 @@ class BranchBuilder:
     @property
     def token_ids(self) -> list[int]:
         """All tokens so far, given and sampled (a copy)."""
-        return list(self._token_ids)
+        return self._token_ids.tolist()
 
     @property
     def sampled_tokens(self) -> int:
@@ -100,9 +102,9 @@ class BranchBuilder:
         inserted = turn.prompt_ids[len(self._token_ids) :]
         start = len(turn.prompt_ids)
         n = len(turn.output_ids)
-        self._token_ids += [*inserted, *turn.output_ids]
-        self._loss_mask += [0] * len(inserted) + [int(trained)] * n
-        self._logprobs += [0.0] * len(inserted) + (list(turn.logprobs) if trained else [0.0] * n)
+        self._token_ids.extend([*inserted, *turn.output_ids])
+        self._loss_mask += bytes(len(inserted)) + bytes([trained]) * n
+        self._logprobs.extend([0.0] * len(inserted) + (list(turn.logprobs) if trained else [0.0] * n))
         if trained and n:
             self._spans += shift_spans(turn.spans, start)
         if reward:
@@ -119,10 +121,12 @@ class BranchBuilder:
 
     def continues(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a turn with this prompt can be added here."""
-        return list(prompt_ids[: len(self._token_ids)]) == self._token_ids
+        return array("i", prompt_ids[: len(self._token_ids)]) == self._token_ids
 
     def check_extends(self, prompt_ids: Sequence[int]) -> None:
         """Raises ``ValueError`` at the first position where a prompt departs from this branch."""
+        if self.continues(prompt_ids):
+            return
         known = self._token_ids
         for position, (before, now) in enumerate(zip(known, prompt_ids, strict=False)):
             if before != now:
@@ -130,11 +134,10 @@ class BranchBuilder:
                     f"the prompt of this turn has token {now} at position {position}, where the episode has {before}: "
                     "build it as builder.token_ids plus new tokens, never by tokenising the conversation again"
                 )
-        if len(prompt_ids) < len(known):
-            raise ValueError(
-                f"the prompt of this turn ends at position {len(prompt_ids)}, but the episode already has "
-                f"{len(known)} tokens: a prompt must contain everything before it"
-            )
+        raise ValueError(
+            f"the prompt of this turn ends at position {len(prompt_ids)}, but the episode already has "
+            f"{len(known)} tokens: a prompt must contain everything before it"
+        )
 
     @property
     def _top(self) -> EpisodeBuilder:
@@ -185,7 +188,7 @@ class EpisodeBuilder(BranchBuilder):
         extras, earned = _extras(kept, starts, token_rewards, len(token_ids))
         return Episode(
             token_ids=token_ids,
-            loss_mask=np.concatenate([np.asarray(branch._loss_mask, dtype=np.uint8) for branch in kept]),
+            loss_mask=np.concatenate([np.frombuffer(branch._loss_mask, dtype=np.uint8) for branch in kept]),
             behavior_logprobs=np.concatenate([np.asarray(branch._logprobs, dtype=np.float32) for branch in kept]),
             spans=merge_spans(VersionSpan(int(first), weights) for first, weights in spans),
             reward=float(reward) + earned,

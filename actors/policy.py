@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -99,7 +100,7 @@ class EnginePolicy:
         limit = min(params.max_new_tokens, self.room(prompt_ids))
         self._promised += limit
         try:
-            turn = await self._sample(list(prompt_ids), replace(params, seed=seed, max_new_tokens=limit))
+            turn = await self._sample(array("i", prompt_ids), replace(params, seed=seed, max_new_tokens=limit))
         finally:
             self._promised -= limit
         if not turn.output_ids:
@@ -127,7 +128,7 @@ class EnginePolicy:
                 f"{limits.max_context_tokens}: raise it, or end the episode when policy.room(prompt_ids) is 0"
             )
 
-    async def _sample(self, prompt_ids: list[int], params: SamplingParams) -> Turn:
+    async def _sample(self, prompt_ids: array[int], params: SamplingParams) -> Turn:
         """Sample until the engine says stop or length, or time is over. What an abort interrupts goes on from its last
         token."""
         output_ids: list[int] = []
@@ -138,7 +139,7 @@ class EnginePolicy:
         while True:
             request = GenerateRequest(
                 request_id=uuid.uuid4().hex,
-                prompt_ids=prompt_ids + output_ids,
+                prompt_ids=prompt_ids + array("i", output_ids) if output_ids else prompt_ids,
                 sampling=replace(params, max_new_tokens=params.max_new_tokens - len(output_ids)),
                 session=self._session,
                 resumed_tokens=len(output_ids),
@@ -158,7 +159,7 @@ class EnginePolicy:
                 finish_reason = "deadline"
                 break
             self.resubmissions += 1
-        return Turn(prompt_ids, output_ids, logprobs, merge_spans(spans), finish_reason)
+        return Turn(prompt_ids, output_ids, array("d", logprobs), merge_spans(spans), finish_reason)
 
     async def _generate(self, request: GenerateRequest, deadline: float | None) -> tuple[Generation, bool]:
         """The engine's answer, and whether it came by itself before ``deadline``; it is told to stop at that time."""

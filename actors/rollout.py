@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOGGED = 4
+"""Failures of each kind that are logged with their traceback; of the others, each power of two"""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailure:
@@ -135,11 +138,11 @@ class Rollout:
         try:
             episode = await self._play(reservation)
             trajectory = episode.to_trajectory(reservation.task, reservation.sample, reservation.attempt)
-        except Exception as error:  # user code may raise anything: it ends one episode, never the actor
+        except Exception as error:  # noqa: BLE001 - user code may raise anything: it ends one episode, not the actor
             name = type(error).__name__
             kind = failure_kind(error)
             self._failures[kind] += 1
-            logger.warning("episode of %s sample %d failed", reservation.task, reservation.sample, exc_info=error)
+            self._log(error, kind, reservation)
             return RolloutFailure(f"{name}: {error}", kind)
         finally:
             self._busy_s += time.monotonic() - started
@@ -147,6 +150,13 @@ class Rollout:
         self._truncated[trajectory.finish_reason] += trajectory.truncated
         self._sampled_tokens += int(trajectory.loss_mask.sum())
         return trajectory
+
+    def _log(self, error: Exception, kind: str, reservation: Reservation) -> None:
+        """The first ones of each kind, and then ever fewer: what always fails, fails thousands of times a minute."""
+        count = self._failures[kind]
+        if count <= LOGGED or count & (count - 1) == 0:
+            text = "episode of %s sample %d failed, number %d to fail with %s here"
+            logger.warning(text, reservation.task, reservation.sample, count, kind, exc_info=error)
 
     async def _play(self, reservation: Reservation) -> Episode:
         settings, ref = self._settings, reservation.task

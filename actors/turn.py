@@ -16,6 +16,7 @@ class Turn:
     """
 
     prompt_ids: Sequence[int]
+    """An ``array`` where a policy made the turn: four bytes per token, as all turns live as long as their episode"""
     output_ids: Sequence[int]
     """[N], the stop token included"""
     logprobs: Sequence[float]

@@ -8,15 +8,18 @@
         ◄─ EnginesChanged ── an engine died, or came up again ──────────── engine pool
 
 Consumes grants; waits for the engine, the environment and the hub's acknowledgement; unblocked by weights (an engine
-without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, or with
-the first background task that fails.
+without weights samples nothing) and by admission; produces trajectories. The role ends when the hub says so, with
+the first background task that fails, or when it is told to leave: then it takes nothing new, finishes what it has begun
+as long as ``actor.drain_timeout_s`` allows, and returns the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -26,6 +29,7 @@ import uvloop
 
 from slime_async.actors.engine import Engine, EngineError, PauseMode
 from slime_async.actors.engines import make_pool
+from slime_async.actors.loop_watch import LoopWatch
 from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.actors.spans import ActorSpans
@@ -40,6 +44,7 @@ from slime_async.protocol import (
     Granted,
     Hello,
     JoinWeightGroup,
+    Leaving,
     Message,
     Ok,
     PauseEngine,
@@ -66,8 +71,16 @@ DELIVERY_TIMEOUT_S = 120.0
 """A trajectory that a hub which is there has not acknowledged by then fails the actor: another is granted it."""
 
 
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""A scheduler's notice: Kubernetes and most others send the first, Slurm may be told to send the second"""
+
+
 class RunOver(Exception):
     """The hub said that the run is over."""
+
+
+class Left(Exception):
+    """We were told to leave, and have finished what could be finished."""
 
 
 class RunEnded(RuntimeError):
@@ -95,18 +108,38 @@ class Worker:
         self._granted: asyncio.Queue[Reservation] = asyncio.Queue()
         self._held: dict[tuple[TrajectoryKey, int], Reservation] = {}
         """Granted, and neither delivered nor failed: what this actor tells a hub that it comes back to"""
+        self._idle = asyncio.Event()
+        """Nothing is held"""
+        self._idle.set()
+        self._publishing: set[str] = set()
+        """Engines that a publication under way counts on"""
+        self._settled = asyncio.Event()
+        """There are none"""
+        self._settled.set()
+        self._told_to_leave = asyncio.Event()
+        self._patience: asyncio.Timeout | None = None
         self._latest: dict[str, tuple[EngineCommand, asyncio.Task[Message]]] = {}
         """The learner's latest command to each engine: it comes again when its answer was lost with a connection"""
 
-    async def run(self, hub_address: str) -> None:
-        """Until the hub says that the run is over. Raises what broke: the connection, the engines, or a bug of ours."""
+    def leave(self) -> None:
+        """Finish what has begun, and go; at once when this is called again."""
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
+        self._told_to_leave.set()
+
+    async def run(self, hub_address: str, leave_on: Iterable[signal.Signals] = ()) -> bool:
+        """Until the hub says that the run is over (False), or until it has left as it was told (True).
+
+        Once it has joined, ``leave_on`` call ``leave``. Raises what broke: the connection, the engines, a bug of ours.
+        """
         try:
             await self._pool.start()
-            await self._serve(hub_address)
+            return await self._serve(hub_address, leave_on)
         finally:
+            await self._rollout.close()
             await self._pool.close()
 
-    async def _serve(self, hub_address: str) -> None:
+    async def _serve(self, hub_address: str, leave_on: Iterable[signal.Signals]) -> bool:
         hello = Hello(
             role="actor",
             name=self._name,
@@ -121,8 +154,16 @@ class Worker:
             handler=self._handle,
             security=client_security(hub),
             reconnect_s=hub.reconnect_s,
-            refreshed_hello=lambda: replace(hello, engines=self._pool.infos, running=tuple(self._held.values())),
+            refreshed_hello=lambda: replace(
+                hello,
+                engines=self._pool.infos,
+                running=tuple(self._held.values()),
+                slots=0 if self._told_to_leave.is_set() else hello.slots,
+            ),
         )
+        for number in leave_on:
+            asyncio.get_running_loop().add_signal_handler(number, self.leave)
+        left = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.wait_closed(), name="hub connection")
@@ -131,15 +172,32 @@ class Worker:
                 tasks.create_task(self._report_regularly(self._client), name="report")
                 tasks.create_task(keep_aligned(self._client, self._spans.recorder), name="clock")
                 tasks.create_task(self._end_when_told(), name="shutdown")
+                tasks.create_task(self._leave_when_told(), name="leave")
                 tasks.create_task(self._play_what_is_granted(tasks), name="grants")
         except* RunOver:
             log.info("the run is over")
+        except* Left:
+            left = True
         finally:
             for _, command in self._latest.values():
                 command.cancel()
             await self._client.close()
-            await self._rollout.close()
             self._spans.close()
+        return left
+
+    async def _leave_when_told(self) -> None:
+        """*Waits for* the word to leave; *unblocked by* the last delivery, or by time."""
+        assert self._client is not None
+        await self._told_to_leave.wait()
+        log.info("leaving: %d episodes to finish", len(self._held))
+        try:
+            async with asyncio.timeout(self._config.actor.drain_timeout_s) as self._patience:
+                await self._client.call(Leaving(), self._delivery_timeout_s, retry=True)
+                await self._idle.wait()
+                await self._settled.wait()
+        except TimeoutError:
+            log.warning("leaving with %d episodes unfinished: they are generated elsewhere", len(self._held))
+        raise Left
 
     async def _end_when_told(self) -> None:
         shutdown = await self._shutdown
@@ -154,6 +212,7 @@ class Worker:
             case Granted():
                 for reservation in message.reservations:
                     self._held[reservation.key, reservation.attempt] = reservation
+                    self._idle.clear()
                     self._granted.put_nowait(reservation)
                 return None
             case Shutdown():
@@ -186,6 +245,9 @@ class Worker:
             raise RemoteError(type(failed).__name__, str(failed)) from failed
 
     async def _command(self, command: EngineCommand) -> Message:
+        if isinstance(command, JoinWeightGroup | PrepareWeights):
+            self._publishing.add(command.engine_id)
+            self._settled.clear()
         if isinstance(command, PauseEngine):
             self._spans.pause()
         reply = await self._pool.command(
@@ -195,6 +257,9 @@ class Worker:
             self._spans.received_weights()
         elif isinstance(command, ResumeEngine):
             self._spans.resume()
+            self._publishing.discard(command.engine_id)
+            if not self._publishing:
+                self._settled.set()
         return reply
 
     async def _tell_of_engines(self, client: HubClient, told: tuple[EngineInfo, ...]) -> None:
@@ -241,6 +306,8 @@ class Worker:
                     failed = Failed(reservation.key, reservation.attempt, reason, reservation.evaluation, kind)
                     await self._client.call(failed, self._delivery_timeout_s, retry=True)
         self._held.pop((reservation.key, reservation.attempt), None)
+        if not self._held:
+            self._idle.set()
 
     async def _deliver(self, trajectory: Trajectory, reservation: Reservation) -> str:
         """Why the hub does not take it (too large, most likely); empty when it does."""
@@ -299,14 +366,15 @@ async def _obey(command: EngineCommand, engine: Engine) -> Message:
     return Ok()
 
 
-def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
-    """The actor's process. Returns when the hub says that the run is over."""
-    uvloop.run(_main(config, name, hub_address, run_directory))
+def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
+    """The actor's process. Returns when the hub says that the run is over, or True when it left before, as told."""
+    return uvloop.run(_main(config, name, hub_address, run_directory))
 
 
-async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> None:
+async def _main(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
     checkpoint = Path(config.model.path)
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "actor")) as recorder:
         pool = make_pool(config, name, run_directory / "logs", recorder)
         rollout = make_rollout(config, checkpoint, pool)
-        await Worker(config, name, pool, rollout, recorder).run(hub_address)
+        async with LoopWatch():
+            return await Worker(config, name, pool, rollout, recorder).run(hub_address, LEAVE_SIGNALS)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.episodes [--episodes 2000] [--window 5] [--out FILE]
 
-tool      each waits in ``asyncio.sleep`` (a slow tool's answer) with 4,096 tokens of history
-engine    each waits for the engine's answer, with a deadline per turn
+tool      each waits for a slow tool with 4,096 tokens of history: four turns, whose answers are a quarter of them
+engine    each waits for the engine's first answer to a prompt of 4,096 tokens, with a deadline per turn
 busy      how many short episodes of one turn an otherwise idle event loop plays per second
 
 An episode's memory is the growth of the process over the number of episodes; CPU is what the process used while all of
@@ -16,12 +16,15 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import platform
+import random
 import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,12 @@ from slime_async.trajectory import TaskRef, VersionSpan, WeightId
 
 EOS_ID = VOCABULARY.index(EOS)
 HISTORY_TOKENS = 4096
+TURNS = 4
+ANSWER_TOKENS = HISTORY_TOKENS // (4 * TURNS)
+ANSWERS = HISTORY_TOKENS // TURNS
+"""Tokens from one turn's end to the next's"""
+VOCABULARY_SIZE = 150_000
+"""Token ids as large models have them: Python shares small numbers, but not these"""
 BATCH = 500
 """Short episodes at once"""
 
@@ -54,7 +63,9 @@ class Engine:
         if self.holding:
             self.held += 1
             await self.release.wait()
-        return Generation([1, EOS_ID], [-1.0, -1.0], (VersionSpan(0, WeightId(1, 0)),), "stop")
+        count = min(request.sampling.max_new_tokens, ANSWER_TOKENS)
+        ids = [*random_ids(count - 1), EOS_ID]
+        return Generation(ids, [-random.random() for _ in ids], (VersionSpan(0, WeightId(1, 0)),), "stop")
 
     async def abort(self, request_id: str) -> None:
         """Nothing is ever so late here."""
@@ -62,10 +73,16 @@ class Engine:
 
 async def slow_tool(task: Task, policy: Policy) -> Episode:
     episode = EpisodeBuilder()
-    episode.add(await policy.sample([1] * (HISTORY_TOKENS - 2)))
+    for _ in range(TURNS):
+        episode.add(await policy.sample(episode.token_ids + random_ids(ANSWERS - ANSWER_TOKENS)))
+    assert len(episode.token_ids) == HISTORY_TOKENS
     task.content["waiting"].append(None)
     await task.content["release"].wait()
     return episode.finish(1.0)
+
+
+def random_ids(count: int) -> list[int]:
+    return random.choices(range(VOCABULARY_SIZE), k=count)
 
 
 def rss_bytes() -> int:
@@ -104,8 +121,10 @@ async def waiting(
     }
 
 
-def make_rollout(engine: Engine, generate: Any, content: dict[str, Any], **settings: Any) -> Rollout:
-    sampling = SamplingParams(max_new_tokens=8, stop_token_ids=(EOS_ID,))
+def make_rollout(
+    engine: Engine, generate: Any, content: dict[str, Any], max_new_tokens: int = ANSWER_TOKENS, **settings: Any
+) -> Rollout:
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, stop_token_ids=(EOS_ID,))
     made = RolloutSettings(sampling, make_tokenizer(), generate, lambda *_: 1.0, 0, 2 * HISTORY_TOKENS, 600.0)
     return Rollout(replace(made, **settings), {"s": [content]}, engine)
 
@@ -119,12 +138,13 @@ async def measure_tool(episodes: int, window_s: float) -> dict[str, float]:
 async def measure_engine(episodes: int, window_s: float) -> dict[str, float]:
     engine = Engine()
     engine.holding = True
-    rollout = make_rollout(engine, single_turn.generate, {"prompt": [1] * HISTORY_TOKENS}, turn_timeout_s=600.0)
+    content = {"prompt": random_ids(HISTORY_TOKENS)}
+    rollout = make_rollout(engine, single_turn.generate, content, 2, turn_timeout_s=600.0)
     return await waiting(rollout, episodes, window_s, lambda: engine.held == episodes, engine.release)
 
 
 async def measure_busy(episodes: int, window_s: float) -> dict[str, float]:
-    rollout = make_rollout(Engine(), single_turn.generate, {"prompt": "1"})
+    rollout = make_rollout(Engine(), single_turn.generate, {"prompt": "1"}, 2)
     begun = time.perf_counter()
     played = 0
     while time.perf_counter() - begun < window_s:
@@ -162,8 +182,14 @@ def main() -> None:
     print(f"\n{figures['busy']['episodes_per_s']:,.0f} episodes of one turn per second")
     if arguments.out:
         rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in figures.items()}
-        environment = {"python": platform.python_version(), "machine": platform.machine()}
-        result = {"episodes": arguments.episodes, "figures": rounded, "environment": environment}
+        result = {
+            "command": f"python -m benchmarks.episodes --episodes {arguments.episodes} --window {arguments.window:g}",
+            "date": date.today().isoformat(),
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "versions": {"python": platform.python_version(), "uvloop": uvloop.__version__},
+            "episodes": arguments.episodes,
+            "figures": rounded,
+        }
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

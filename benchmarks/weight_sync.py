@@ -6,7 +6,8 @@
 
 One run measures, on the same bytes: conversion from Megatron's tensors into the buffers; a raw broadcast of one flat
 tensor to a bare process; the publication as the publisher does it (pause, one call with a broadcast per tensor beside
-the conversion, resume) with requests in flight; and 512 MB a call. A model of 30B-A3B's size is computed from that.
+the conversion, resume) with requests in flight; and 512 MB a call. What Qwen3-30B-A3B would cost is computed from these
+rates and from a raw broadcast of some of its layers, whose tensors are many and small.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,22 +34,33 @@ os.environ["NCCL_CUMEM_ENABLE"] = "0"  # as SGLang has it: the two sides of a br
 
 import torch
 
-from benchmarks.weight_sync_models import SHAPES, SUPPORTED_GPU_ARGUMENTS, make_config, write_random_checkpoint
+from benchmarks.weight_sync_models import (
+    LAYERS_IN_30B_A3B,
+    SHAPES,
+    SUPPORTED_GPU_ARGUMENTS,
+    layers_30b_a3b,
+    make_config,
+    write_random_checkpoint,
+)
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import Engine, GenerateRequest, PauseMode, SamplingParams
 from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.engine import SGLangEngine
 from slime_async.actors.sglang.server import LaunchSpec
+from slime_async.actors.sglang.versions import installed_version
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
-from slime_async.transport.weight_group import WeightGroup, host_group, torch_dtype
+from slime_async.transport.weight_group import WeightGroup, consecutive_parts, host_group, tensor_bytes
 
 BUCKET_BYTES = 512 << 20
 TIMEOUT_S = 120.0
 CONTEXT = 4096
-PARAMETERS_30B_A3B = 30.5e9
+ENGINE_BUFFER_BYTES = WeightsConfig().engine_buffer_bytes
+LAYERS_MEASURED = 8
+"""Of the 48 that 30B-A3B has: 10 GB fit beside what is there"""
 
 
 @dataclass(slots=True)
@@ -58,6 +71,8 @@ class Round:
     broadcast_s: float
     learner_s: float
     """That the training thread spent in it"""
+    in_flight: int
+    """Requests that were being sampled when the weights changed"""
 
 
 class Bench:
@@ -70,10 +85,12 @@ class Bench:
         self.directory = directory
         self.checkpoint = directory / "model"
         write_random_checkpoint(self.checkpoint, arguments.shape, "cuda" if self.gpu else "cpu")
+        if self.gpu:
+            torch.cuda.empty_cache()
         self.trainer = Trainer.build(make_config(self.checkpoint, arguments.shape), self.checkpoint)
         self.snapshots = Snapshots(self.trainer.manifest(), self.trainer.device)
         self.manifest = self.trainer.manifest()
-        self.bytes = sum(_size(spec) for spec in self.manifest.tensors)
+        self.bytes = sum(map(tensor_bytes, self.manifest.tensors))
         self.version = 0
 
     # ------------------------------------------------------------------------------------------- alone
@@ -87,12 +104,13 @@ class Bench:
         self._synchronize()
         return time.perf_counter() - begun
 
-    async def raw_broadcast_s(self) -> list[float]:
-        """One flat tensor of the same bytes, to a process that does nothing else."""
-        flat = torch.empty(self.bytes, dtype=torch.uint8, device=self.trainer.device)
-        spec, store = host_group("raw", 1, 2, self.backend, TIMEOUT_S)
+    async def raw_broadcast_s(self, sizes: Sequence[int]) -> list[float]:
+        """Tensors of so many bytes, one after the other, to a process that does nothing else."""
+        flat = torch.empty(max(sizes), dtype=torch.uint8, device=self.trainer.device)
+        tensors = [(str(i), flat[:size]) for i, size in enumerate(sizes)]
+        spec, store = host_group(f"raw-{len(sizes)}", 1, 2, self.backend, TIMEOUT_S)
         command = [sys.executable, "-m", "benchmarks.weight_sync", "--peer", json.dumps(asdict(spec))]
-        command += ["--peer-bytes", str(self.bytes), "--rounds", str(self.rounds + 1)]
+        command += ["--rounds", str(self.rounds + 1), "--peer-sizes", ",".join(map(str, sizes))]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"} if self.gpu else dict(os.environ)
         peer = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
         group = await asyncio.to_thread(WeightGroup.create, spec, 0)
@@ -101,7 +119,7 @@ class Bench:
         times = []
         for _ in range(self.rounds + 1):
             begun = time.perf_counter()
-            await asyncio.to_thread(group.send, [("flat", flat)])
+            await asyncio.to_thread(group.send, tensors)
             await peer.stdout.readline()
             times.append(time.perf_counter() - begun)
         await peer.wait()
@@ -142,7 +160,8 @@ class Bench:
         )
         received = time.perf_counter()
         await engine.resume()
-        return Round(time.perf_counter() - paused, received - sent, await filling)
+        resumed = time.perf_counter()
+        return Round(resumed - paused, received - sent, await filling, engine.in_flight_at_update)
 
     async def bucketed_s(self, engine: Engine, group: WeightGroup) -> float:
         """The same tensors, 512 MB a call."""
@@ -152,7 +171,7 @@ class Bench:
         tensors = iter(zip((spec.name for spec in self.manifest.tensors), snapshot.tensors, strict=True))
         await engine.pause(PauseMode.IN_PLACE)
         begun = time.perf_counter()
-        for bucket in _buckets(self.manifest):
+        for bucket in map(WeightManifest, map(tuple, consecutive_parts(self.manifest, BUCKET_BYTES))):
             part = [next(tensors) for _ in bucket.tensors]
             await asyncio.gather(
                 engine.receive_weights(bucket, WeightId(1, self.version)), asyncio.to_thread(group.send, part)
@@ -169,7 +188,8 @@ class Bench:
 async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures, and what else is worth keeping."""
     conversion = [bench.conversion_s() for _ in range(bench.rounds + 2)][2:]  # two sets of buffers are new
-    raw = await bench.raw_broadcast_s()
+    raw = await bench.raw_broadcast_s([bench.bytes])
+    layers = await bench.raw_broadcast_s(layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
     engine = bench.make_engine()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
@@ -186,7 +206,6 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         while (await engine.status()).running_requests < bench.requests:
             await asyncio.sleep(0.01)
         rounds = [await bench.publish(engine, group, thread) for _ in range(bench.rounds)]
-        in_flight = engine.in_flight_at_update
         bucketed = [await bench.bucketed_s(engine, group) for _ in range(bench.rounds)]
         lost = 0
         for request in list(answers):
@@ -205,36 +224,45 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     details = {
         "bytes": bench.bytes,
         "tensors": len(bench.manifest.tensors),
-        "requests_in_flight": in_flight,
+        "requests_in_flight": min(r.in_flight for r in rounds),
         "conversion_ms": 1e3 * conversion_s,
         "conversion_gbps": bench.bytes / conversion_s / 1e9,
         "broadcast_ms": 1e3 * broadcast_s,
         "raw_broadcast_ms": 1e3 * raw_s,
         "raw_broadcast_gbps": bench.bytes / raw_s / 1e9,
         "rounds": [asdict(r) for r in rounds],
-        "computed_30b_a3b": _computed(bench.bytes, conversion_s, broadcast_s, rounds),
+        "computed_30b_a3b": _computed(bench.bytes, conversion_s, median(layers), rounds) if bench.gpu else None,
     }
     return figures, details
 
 
-def _computed(measured_bytes: int, conversion_s: float, broadcast_s: float, rounds: list[Round]) -> dict[str, float]:
-    """What 30B-A3B in bf16 would cost at the measured rates: bytes scale, the calls around them do not."""
-    size = 2 * PARAMETERS_30B_A3B
-    scale = size / measured_bytes
+def _computed(measured_bytes: int, conversion_s: float, layers_s: float, rounds: list[Round]) -> dict[str, float]:
+    """What 30B-A3B in bf16 would cost between one learner rank and one engine rank, at the rates of this run.
+
+    Conversion and broadcast scale with what is moved. The calls around them don't, but the server holds 8 GiB of
+    incoming weights at most and takes more calls. Not in it: what the server does with 128 experts' tensors a layer.
+    """
+    layers = layers_30b_a3b(LAYERS_IN_30B_A3B)
+    size = sum(layers)
+    scale = size / sum(layers_30b_a3b(LAYERS_MEASURED))
+    calls = -(-size // ENGINE_BUFFER_BYTES)
     around_s = statistics.median(r.pause_to_resume_s - r.broadcast_s for r in rounds)
     return {
-        "bytes": size,
-        "conversion_ms": 1e3 * scale * conversion_s,
-        "broadcast_ms": 1e3 * scale * broadcast_s,
-        "pause_to_resume_ms": 1e3 * (scale * broadcast_s + around_s),
+        "bytes": float(size),
+        "tensors": float(len(layers)),
+        "calls": float(calls),
+        "conversion_ms": 1e3 * conversion_s * size / measured_bytes,
+        "broadcast_ms": 1e3 * scale * layers_s,
+        "broadcast_gbps": size / (scale * layers_s) / 1e9,
+        "pause_to_resume_ms": 1e3 * (scale * layers_s + calls * around_s),
     }
 
 
-def peer(spec: WeightGroupSpec, size: int, rounds: int) -> None:
+def peer(spec: WeightGroupSpec, sizes: Sequence[int], rounds: int) -> None:
     """The other end of the raw broadcast."""
     device = "cuda" if spec.backend == "nccl" else "cpu"
     group = WeightGroup.create(spec, 1)
-    manifest = WeightManifest((TensorSpec("flat", "uint8", (size,)),))
+    manifest = WeightManifest(tuple(TensorSpec(str(i), "uint8", (size,)) for i, size in enumerate(sizes)))
     for _ in range(rounds):
         group.receive(manifest, device)
         print("received", flush=True)
@@ -246,20 +274,6 @@ def _request(i: int) -> GenerateRequest:
     return GenerateRequest(uuid.uuid4().hex, [1 + (7 * i + j) % 30 for j in range(32)], sampling)
 
 
-def _size(spec: TensorSpec) -> int:
-    return int(torch.Size(spec.shape).numel()) * torch_dtype(spec.dtype).itemsize
-
-
-def _buckets(manifest: WeightManifest) -> Iterator[WeightManifest]:
-    bucket: list[TensorSpec] = []
-    for spec in manifest.tensors:
-        if bucket and sum(map(_size, bucket)) + _size(spec) > BUCKET_BYTES:
-            yield WeightManifest(tuple(bucket))
-            bucket = []
-        bucket.append(spec)
-    yield WeightManifest(tuple(bucket))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -268,10 +282,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64, help="in flight while weights change")
     parser.add_argument("--out", type=Path, help="where the JSON goes [benchmarks/results/weight_sync.json on GPUs]")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--peer-bytes", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peer-sizes", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
-        peer(WeightGroupSpec(**json.loads(arguments.peer)), arguments.peer_bytes, arguments.rounds)
+        sizes = [int(size) for size in arguments.peer_sizes.split(",")]
+        peer(WeightGroupSpec(**json.loads(arguments.peer)), sizes, arguments.rounds)
         return
     gpu = arguments.device == "cuda"
     if gpu and torch.cuda.device_count() < 2:
@@ -281,15 +296,34 @@ def main() -> None:
         bench = Bench(arguments, Path(directory))
         figures, details = asyncio.run(measure(bench))
         bench.trainer.close()
-    for name, value in figures.items():
-        print(f"| {name} | {value:.4g} |")
+    report(arguments, figures, details)
+
+
+def report(arguments: argparse.Namespace, figures: dict[str, float], details: dict[str, Any]) -> None:
+    print("| figure | value |\n| --- | --- |")
+    for name, value in {**figures, **details}.items():
+        if isinstance(value, int | float):
+            print(f"| {name} | {value:.4g} |")
+    gpu = arguments.device == "cuda"
     out = arguments.out or (Path("benchmarks/results/weight_sync.json") if gpu else None)
-    if out:
-        machine = torch.cuda.get_device_name(0) if gpu else platform.machine()
-        environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": machine}
-        text = {"figures": figures, "details": details, "shape": arguments.shape, "environment": environment}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(text, indent=2) + "\n")
+    if out is None:
+        return
+    machine = f"2 × {torch.cuda.get_device_name(0)}" if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if gpu:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        versions |= {"nccl": nccl, "cuda": str(torch.version.cuda), "sglang": installed_version()}
+    text = {
+        "command": f"python -m benchmarks.weight_sync --rounds {arguments.rounds} --requests {arguments.requests}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine,
+        "versions": versions,
+        "shape": arguments.shape,
+        "figures": figures,
+        "details": details,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(text, indent=2) + "\n")
 
 
 if __name__ == "__main__":

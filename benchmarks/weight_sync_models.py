@@ -36,9 +36,22 @@ SUPPORTED_GPU_ARGUMENTS = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
+    "disable_prefill_cuda_graph": True,
     "max_running_requests": 128,
+    "mem_fraction_static": 0.6,
+    "stream_interval": 16,
 }
-"""Kernels that come with torch and triton alone"""
+"""Kernels that come with torch and triton alone; room for a second copy of the weights; answers in pieces of 16 tokens,
+as SGLang since 0.5.20 sends them by default here"""
+LAYERS_IN_30B_A3B = 48
+
+
+def layers_30b_a3b(layers: int) -> list[int]:
+    """Bytes of each tensor in so many layers of Qwen3-30B-A3B, and of its embedding and output, in bf16."""
+    hidden, expert, head = 2048, 768, 128
+    attention = [32 * head * hidden, 4 * head * hidden, 4 * head * hidden, 32 * head * hidden, head, head]
+    layer = [*attention, hidden, hidden, 128 * hidden, *[hidden * expert] * (3 * 128)]
+    return [2 * size for size in [151_936 * hidden, *layer * layers, hidden, 151_936 * hidden]]
 
 
 def write_random_checkpoint(directory: Path, shape: str, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a learner rank gets its batches: from the hub on rank 0, from rank 0 on all others.
+"""Where a learner gets its batches: from the hub, by lease. Where there are several ranks, see ``learner.fetch``.
 
 The training loop is the same on every rank; what differs is the ``Feed`` it is given.
 """
@@ -10,12 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
-
 from slime_async.protocol import Batch, Lease, Message, NotReady
 from slime_async.transport.blocking import BlockingClient
-from slime_async.transport.codec import Limits, decode, encode
 
 LEASE_POLL_S = 5.0
 """How long one lease call stays open; a new one follows at once, so this bounds only how late a failure is noticed."""
@@ -24,15 +20,20 @@ CHECK_INTERVAL_S = 1.0
 
 
 class Feed(Protocol):
-    def next_batch(self, train_version: int) -> Batch:
-        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank."""
+    def next_batch(self, train_version: int) -> Batch | None:
+        """The batch that turns ``train_version`` into ``train_version + 1``; the same one on every rank.
+
+        None: there is no time for another.
+        """
 
 
 class HubFeed:
-    """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step.
+    """Rank 0: leases from the hub, one batch ahead, so that the transfer hides behind the training step. Without
+    ``payloads`` the batches only say what is stored of each trajectory.
 
-    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Raises
-    ``TimeoutError`` when no batch came within ``timeout_s``, naming what the hub says was missing.
+    ``patience_s`` is how long one answer may take beyond its own wait: a hub that is started again needs some. Nothing
+    is begun once ``time_limit_s`` has passed since the first batch was asked for. Raises ``TimeoutError`` when no batch
+    came within ``timeout_s``, naming what the hub says was missing.
     """
 
     def __init__(
@@ -43,17 +44,24 @@ class HubFeed:
         timeout_s: float,
         patience_s: float,
         check: Callable[[], None],
+        payloads: bool = True,
+        time_limit_s: float | None = None,
     ) -> None:
         self._client = client
+        self._payloads = payloads
         self._incarnation = incarnation
         self._last_version = last_version
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._check = check
+        self._time_limit_s = time_limit_s
+        self._began_s: float | None = None
         self._ahead: Future[Message] | None = None
         self._ahead_version = -1
 
-    def next_batch(self, train_version: int) -> Batch:
+    def next_batch(self, train_version: int) -> Batch | None:
+        if self._time_is_up():
+            return None
         deadline = time.monotonic() + self._timeout_s
         reason = "no answer from the hub"
         while True:
@@ -72,8 +80,13 @@ class HubFeed:
                     f"(learner.lease_timeout_s); the hub says: {reason}"
                 )
 
+    def _time_is_up(self) -> bool:
+        now = time.monotonic()
+        self._began_s = now if self._began_s is None else self._began_s
+        return self._time_limit_s is not None and now - self._began_s >= self._time_limit_s
+
     def _ask(self, train_version: int) -> None:
-        lease = Lease(self._incarnation, train_version, LEASE_POLL_S)
+        lease = Lease(self._incarnation, train_version, LEASE_POLL_S, self._payloads)
         self._ahead = self._client.begin(lease, LEASE_POLL_S + self._patience_s, retry=True)
         self._ahead_version = train_version
 
@@ -84,42 +97,3 @@ class HubFeed:
             self._check()
         answered, self._ahead = self._ahead, None
         return answered.result()
-
-
-class SharingFeed:
-    """Rank 0 of several: hands every batch it gets to the other ranks."""
-
-    def __init__(self, feed: Feed, device: torch.device) -> None:
-        self._feed = feed
-        self._device = device
-
-    def next_batch(self, train_version: int) -> Batch:
-        batch = self._feed.next_batch(train_version)
-        frames = [memoryview(frame) for frame in encode(batch)]
-        sizes = torch.tensor([len(frames), *(frame.nbytes for frame in frames)], dtype=torch.int64)
-        dist.broadcast(sizes[:1].to(self._device), src=0)
-        dist.broadcast(sizes[1:].to(self._device), src=0)
-        payload = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8)
-        dist.broadcast(payload.to(self._device), src=0)
-        return batch
-
-
-class FollowingFeed:
-    """Every other rank: takes what rank 0 hands over. The process group's timeout bounds the wait."""
-
-    def __init__(self, device: torch.device, limits: Limits) -> None:
-        self._device = device
-        self._limits = limits
-
-    def next_batch(self, train_version: int) -> Batch:
-        count = torch.zeros(1, dtype=torch.int64, device=self._device)
-        dist.broadcast(count, src=0)
-        sizes = torch.zeros(int(count), dtype=torch.int64, device=self._device)
-        dist.broadcast(sizes, src=0)
-        payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)
-        dist.broadcast(payload, src=0)
-        frames = [frame.numpy().data for frame in torch.split(payload.cpu(), sizes.tolist())]
-        message = decode(frames, self._limits).message
-        if not isinstance(message, Batch) or message.train_version != train_version:
-            raise RuntimeError(f"rank 0 handed over {type(message).__name__}, not the batch of version {train_version}")
-        return message

@@ -79,13 +79,18 @@ def train(
     recorder: SpanRecorder,
     checkpointer: Checkpointer,
     start: Start,
-) -> None:
-    """Train until ``run.steps`` batches are. Every wait inside has a deadline and names what it waited for."""
-    checkpoint_stall_s = 0.0
+) -> int:
+    """Train until ``run.steps`` batches are, or the time is up; returns the version reached.
+
+    Every wait inside has a deadline and names what it waited for.
+    """
+    checkpoint_stall_s, reached = 0.0, start.version
     for version in range(start.version, config.run.steps):
         asked = time.monotonic()
         with recorder.span("lease", step=version):
             batch = feed.next_batch(version)
+        if batch is None:
+            break
         leased = time.monotonic()
         outlet.begin("train", version)
         with recorder.span("train", step=version):
@@ -121,8 +126,10 @@ def train(
             outlet.log_step(version, {**prepared.metrics, **step, **result.metrics, **seconds})
         with recorder.span("checkpoint", step=version):
             checkpoint_stall_s = checkpointer.after_batch(version + 1, batch)  # after the line that it makes final
-    with recorder.span("checkpoint", step=config.run.steps):
-        checkpointer.finish(config.run.steps)
+        reached = version + 1
+    with recorder.span("checkpoint", step=reached):
+        checkpointer.finish(reached)
+    return reached
 
 
 def _publish(outlet: Outlet, trainer: Trainer, weights: WeightId, recorder: SpanRecorder) -> float:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
@@ -26,8 +26,10 @@ from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.evaluations import ScheduledEvaluations, write_result
-from slime_async.learner.feed import Feed, FollowingFeed, HubFeed, SharingFeed
+from slime_async.learner.feed import Feed, HubFeed
+from slime_async.learner.fetch import fetching_feed
 from slime_async.learner.loop import SilentOutlet, train
+from slime_async.learner.megatron.parallel import data_parallel_leaders
 from slime_async.learner.publisher import Publisher
 from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
@@ -49,11 +51,11 @@ from slime_async.telemetry.events import EventLog
 from slime_async.telemetry.loggers import make_loggers
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.occupancy import Occupancy
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.clock import ClockKeeper
-from slime_async.transport.codec import DEFAULT_LIMITS
 from slime_async.transport.security import client_security
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class HubOutlet:
         if self._snapshots is None:
             self._snapshots = Snapshots(trainer.manifest(), trainer.device)
         snapshot = self._snapshots.begin(weights)
-        waited_s = self._publisher.publish(snapshot, self._config.weights.timeout_s * 4)
+        waited_s = self._publisher.publish(snapshot, publication_timeout_s(self._config))
         self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
         return waited_s
 
@@ -138,6 +140,7 @@ class HubOutlet:
             log.warning("step %d: %s", step, finding.message)
             self._events.write("step_warning", step=step, **finding.fields())
         self._to_loggers(step, metrics)
+        PROCESS.tell("step", metrics)
         shown = {name: value for name, value in metrics.items() if name in SHOWN or name.startswith("staleness/")}
         self._report = {**{name: self._report[name] for name in KEPT if name in self._report}, **shown}
         self.begin("lease", step + 1)
@@ -266,32 +269,44 @@ class Learner:
         if config.evaluation.before and start.version == 0:
             self._evaluate("before")
         self._events.write("phase", name="rl", done=False)
-        train(config, trainer, self._feed(trainer), self._outlet, self._recorder, checkpointer, start)
+        with self._feed(trainer) as feed:
+            reached = train(config, trainer, feed, self._outlet, self._recorder, checkpointer, start)
         self._events.write("phase", name="rl", done=True)
         with self._recorder.span("wait_engines"):
             self._evaluations.finish(config.evaluation.timeout_s)
-            self._publisher.wait_published(config.run.steps, config.weights.timeout_s * 4)
+            self._publisher.wait_published(reached, publication_timeout_s(config))
         if config.evaluation.after:
             self._evaluate("after")
         self._client.set_report({"phase": "saving"})
         with self._recorder.span("save"):
             trainer.save_hf(self._run_directory / "checkpoints" / "final", partial(self._progress, "saving"))
 
-    def _feed(self, trainer: Trainer) -> Feed:
+    @contextmanager
+    def _feed(self, trainer: Trainer) -> Iterator[Feed]:
         def check() -> None:
             self._mail.check()
             self._client.check()
             self._publisher.check()
 
-        feed: Feed = HubFeed(
+        config, patience_s = self._config, call_timeout_s(self._config)
+        several = dist.get_world_size() > 1
+        lease = HubFeed(
             self._client,
             self._start.incarnation,
-            self._config.run.steps,
-            self._config.learner.lease_timeout_s,
-            call_timeout_s(self._config),
+            config.run.steps,
+            config.learner.lease_timeout_s,
+            patience_s,
             check,
+            payloads=not several,
+            time_limit_s=config.run.time_limit_s,
         )
-        return feed if dist.get_world_size() == 1 else SharingFeed(feed, trainer.device)
+        if several:
+            leaders, device = data_parallel_leaders(trainer.device), trainer.device
+            incarnation, address = self._start.incarnation, self._client.address
+            with fetching_feed(config, address, incarnation, leaders, device, patience_s, lease, check) as feed:
+                yield feed
+        else:
+            yield lease
 
     def _warm_start_progress(self, phase: str, step: int, steps: int, loss: float) -> None:
         self._mail.check()
@@ -319,6 +334,11 @@ class Learner:
 def call_timeout_s(config: Config) -> float:
     """For calls that the hub answers at once, or once it was started again."""
     return CALL_TIMEOUT_S + config.hub.reconnect_s
+
+
+def publication_timeout_s(config: Config) -> float:
+    """For a publication to be over: several attempts, and a lone engine that died has to start again first."""
+    return config.weights.timeout_s * 4 + config.actor.startup_timeout_s
 
 
 def weight_backend(config: Config, trainer: Trainer) -> Backend:
@@ -349,18 +369,8 @@ def begin_weights(
     return checkpointer
 
 
-def own_address(hub_address: str) -> str:
-    """The address of this machine on the way to the hub, where engines beside the hub can reach it as well."""
-    host, _, port = hub_address.removeprefix("tcp://").rpartition(":")
-    family, kind, *_, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(peer)  # sends nothing: the kernel chooses a route
-        address: str = probe.getsockname()[0]
-    return address
-
-
-def follow(config: Config, run_directory: Path) -> None:
-    """Every rank but the first: the same phases, with batches from rank 0 and nothing to say."""
+def follow(config: Config, hub_address: str, run_directory: Path) -> None:
+    """Every rank but the first: the same phases, with nothing to say."""
     name = f"learner-{os.environ['RANK']}"
     checkpoints, outlet = CheckpointDirectory(run_directory / "checkpoints"), SilentOutlet()
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "learner")) as recorder:
@@ -371,8 +381,9 @@ def follow(config: Config, run_directory: Path) -> None:
         with recorder.span("supervised"):
             checkpointer = begin_weights(config, trainer, start, checkpoints, outlet.durable, lambda *_: None)
         trainer.take_part_in_export()  # of what RL starts from
-        feed = FollowingFeed(trainer.device, DEFAULT_LIMITS)
-        train(config, trainer, feed, outlet, recorder, checkpointer, start)
+        leaders, patience_s = data_parallel_leaders(trainer.device), call_timeout_s(config)
+        with fetching_feed(config, hub_address, start.incarnation, leaders, trainer.device, patience_s) as feed:
+            train(config, trainer, feed, outlet, recorder, checkpointer, start)
         trainer.save_hf(checkpoints.path / "final")
 
 
@@ -383,4 +394,4 @@ def run_learner(config: Config, hub_address: str, run_directory: Path) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         Learner(config, hub_address, run_directory).run()
     else:
-        follow(config, run_directory)
+        follow(config, hub_address, run_directory)

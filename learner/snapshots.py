@@ -15,7 +15,6 @@ still ask for, the other takes the next. A set is free when the publisher has ta
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.trajectory import WeightId
-from slime_async.transport.weight_group import torch_dtype
+from slime_async.transport.weight_group import consecutive_parts, tensor_bytes, torch_dtype
 
 BUCKET_BYTES = 1 << 30
 """What is converted before the first byte is sent; tensors are broadcast one by one all the same"""
@@ -114,11 +113,11 @@ class WeightBuffers:
     def allocate(cls, manifest: WeightManifest, device: torch.device, bucket_bytes: int) -> WeightBuffers:
         tensors: list[Tensor] = []
         ends: list[int] = []
-        for bucket in _buckets(manifest, bucket_bytes):
+        for bucket in consecutive_parts(manifest, bucket_bytes):
             flat = torch.empty(sum(map(_room, bucket)), dtype=torch.uint8, device=device)
             start = 0
             for spec in bucket:
-                size = math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+                size = tensor_bytes(spec)
                 tensors.append(flat[start : start + size].view(torch_dtype(spec.dtype)).view(spec.shape))
                 start += _room(spec)
             ends.append(len(tensors))
@@ -167,19 +166,4 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _room(spec: TensorSpec) -> int:
-    size = math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _buckets(manifest: WeightManifest, bucket_bytes: int) -> Iterator[list[TensorSpec]]:
-    """Consecutive tensors, each bucket as large as fits; a tensor that is larger than that has one for itself."""
-    bucket: list[TensorSpec] = []
-    size = 0
-    for spec in manifest.tensors:
-        if bucket and size + _room(spec) > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(spec)
-        size += _room(spec)
-    if bucket:
-        yield bucket
+    return -(-tensor_bytes(spec) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

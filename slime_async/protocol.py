@@ -9,6 +9,7 @@ message             from ──► to           reply, or (note)
 Hello               any ──► hub           Welcome
 Heartbeat           any ◄─► hub           (note) carries the role's latest report
 Goodbye             any ──► hub           (note) leaves on purpose, now
+Leaving             actor ──► hub         Ok; nothing is granted to it from now on, what it holds it may deliver
 Granted             hub ──► actor         (note) reservations; these are the actor's credits
 Started             actor ──► hub         (note) a reservation's generation began
 Deliver             actor ──► hub         Delivered, once the trajectory is safe with the hub
@@ -16,6 +17,8 @@ Failed              actor ──► hub         Ok; the sample is granted again
 EnginesChanged      actor ──► hub         (note) an engine of the actor's died, or came up again
 Ejected             hub ──► actor         (note) the learner gave an engine up: it has to be restarted
 Lease               learner ──► hub       Batch, or NotReady when the deadline came first
+FollowLease         learner ──► hub       Batch of what is stored, or NotReady; a rank asks what the lease was given
+Fetch               learner ──► hub       Fetched; a rank takes its share of a leased batch
 Commit              learner ──► hub       Ok; idempotent by (incarnation, train_version)
 Published           learner ──► hub       Ok; every live engine holds these weights now
 Durable             learner ──► hub       Ok; a checkpoint holds these weights, what trained them is needed no more
@@ -43,7 +46,7 @@ from typing import Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Peers of different protocol versions refuse each other, naming both."""
 
 Role = Literal["actor", "learner", "observer"]
@@ -111,6 +114,11 @@ class Heartbeat(Message):
 @dataclass(frozen=True, slots=True)
 class Goodbye(Message):
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving(Message):
+    """An actor that was told to go finishes what it has begun first; its goodbye returns the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +216,46 @@ class Lease(Message):
     train_version: int
     wait_s: float
     """How long the hub may hold the call before it answers ``NotReady``"""
+    payloads: bool = True
+    """Whether the trajectories come along; without them, ``Batch.stored`` says what there is to be fetched"""
+
+
+@dataclass(frozen=True, slots=True)
+class FollowLease(Message):
+    """Ask what the learner's ``Lease`` of the same incarnation and version was given, as soon as it was."""
+
+    incarnation: int
+    train_version: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTrajectory:
+    """What planning needs to know about one trajectory of a leased batch, and where it lies."""
+
+    key: TrajectoryKey
+    tokens: int
+    size_bytes: int
+    oldest_version: int
+    """Of its sampled tokens; −1 where none was"""
+    newest_version: int
+    reward: float
+    store: str = ""
+    """Address of the store that holds it; empty: whoever said so does"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Message):
+    """Ask for trajectories of a batch that is leased."""
+
+    train_version: int
+    keys: tuple[TrajectoryKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(Message):
+    trajectories: tuple[Trajectory, ...]
+    """In the order of the keys"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +274,8 @@ class Batch(Message):
     """Sampled in them"""
     episodes_failed: dict[str, int] = field(default_factory=dict)
     """By what they are counted as, since the batch before; each was granted again, or its group dropped"""
+    stored: tuple[StoredTrajectory, ...] = ()
+    """In the place of ``trajectories``, where the ranks fetch their own"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,3 +527,5 @@ class RunStatus(Message):
     queue: Report
     """``QueueStatistics``, flattened"""
     peers: tuple[PeerStatus, ...]
+    hub: Report = field(default_factory=dict)
+    """What the hub's process tells of itself (``slime_async.telemetry.process``), as every peer's report does"""

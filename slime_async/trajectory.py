@@ -99,9 +99,10 @@ class Trajectory:
         starts = [span.first_token for span in self.spans]
         if starts != sorted(set(starts)) or (starts and not 0 <= starts[0] <= starts[-1] < n):
             raise ValueError(f"version spans start at {starts}: must ascend and lie within the {n} tokens")
-        sampled = self.loss_mask[: starts[0] if starts else n] != 0  # tokens before the first span
-        if sampled.any():
-            raise ValueError(f"token {int(sampled.argmax())} was sampled, but version spans start at {starts}")
+        before_spans = self.loss_mask[: starts[0] if starts else n]
+        if np.count_nonzero(before_spans):
+            first = int((before_spans != 0).argmax())
+            raise ValueError(f"token {first} was sampled, but version spans start at {starts}")
 
     @property
     def key(self) -> TrajectoryKey:

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from slime_async.protocol import ErrorReply, Goodbye, Heartbeat, Hello, Message, Report, Welcome
+from slime_async.telemetry.process import PROCESS
 from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits
 from slime_async.transport.conversation import NOT_CONNECTED, Conversation, Traffic
 from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
@@ -64,6 +65,7 @@ class HubClient:
         self._talk = Conversation(
             f"hub at {address}",
             self._send,
+            self._flush_soon,
             on_call=self._on_call,
             on_note=self._on_note,
             on_bug=self._end,
@@ -103,12 +105,12 @@ class HubClient:
         asyncio.get_running_loop().call_soon(client._talk.release)  # after our caller got the client
         return client
 
-    async def call(self, message: Message, timeout_s: float, *, retry: bool = False) -> Message:
+    def call(self, message: Message, timeout_s: float, *, retry: bool = False) -> Coroutine[Any, Any, Message]:
         """The hub's reply. With ``retry`` (for what is idempotent) it is sent again when the hub comes back.
 
         Raises ``RemoteError``, ``DeadlineExceeded``, ``ConnectionLost``; ``BadMessage`` if it cannot be sent.
         """
-        return await self._talk.call(message, timeout_s, retry=retry)
+        return self._talk.call(message, timeout_s, retry=retry)
 
     async def note(self, message: Message) -> None:
         """Returns once the message is on its way; waits while the hub takes none. Raises ``ConnectionLost``."""
@@ -117,6 +119,7 @@ class HubClient:
     def set_report(self, report: Report) -> None:
         """What the heartbeats carry from now on."""
         self._report = dict(report)
+        PROCESS.tell("report", report)
 
     async def wait_closed(self) -> None:
         """Returns after ``close``; raises what ended the connection (or the handler) otherwise."""
@@ -203,7 +206,7 @@ class HubClient:
                 self._broken(self._link, f"silent for {self._talk.silent_s:.1f} s")
             elif not len(self._talk.outbox):
                 with suppress(ConnectionLost):  # whoever noticed it sees to it
-                    await self._talk.note(Heartbeat(self._report))
+                    await self._talk.note(Heartbeat({**PROCESS.about(), **self._report}))
 
     # ---------------------------------------------------------------------------------------------- messages
 
@@ -211,9 +214,12 @@ class HubClient:
         assert self._link is not None
         return self._link.stream.try_send(frames)
 
+    def _flush_soon(self) -> None:
+        assert self._link is not None
+        self._link.stream.look_soon()
+
     def _room(self) -> None:
-        if not self._talk.suspended:
-            self._talk.outbox.flush()
+        self._talk.outbox.flush()
 
     async def _on_call(self, message: Message) -> Message:
         reply = await self._handler(message)
@@ -221,15 +227,19 @@ class HubClient:
             raise TypeError(f"the handler returned None for the call {type(message).__name__}: calls need a reply")
         return reply
 
-    async def _on_note(self, message: Message) -> None:
+    def _on_note(self, message: Message) -> Coroutine[Any, Any, None] | None:
         if isinstance(message, Heartbeat):
-            return
+            return None
         if not isinstance(message, ErrorReply):
-            await self._handler(message)
-        elif message.code == NOT_CONNECTED and self._link is not None:
+            return self._take_note(message)
+        if message.code == NOT_CONNECTED and self._link is not None:
             self._broken(self._link, message.message)
         else:
             log.warning("the hub refused a note: %s: %s", message.code, message.message)
+        return None
+
+    async def _take_note(self, message: Message) -> None:
+        await self._handler(message)
 
     # ---------------------------------------------------------------------------------------------- ends
 

@@ -3,11 +3,12 @@
 ::
 
     frame 0   msgpack [protocol version, call id, is a reply, [kind, {field: value}]]
-    frame 1…  the arrays' bytes, little-endian, in the order in which the header names them
+    frame 1…  the arrays' bytes, little-endian, in the order in which the header names them; several small ones in one
 
 ``call_id`` joins a call and its reply; notes have 0. The first three entries keep their place in every version and an
 ``ErrorReply`` keeps its form, so that peers of different versions can tell each other so. No pickle, no lists of
-numbers: an array's bytes are never copied, neither into the frames nor out of them (received arrays are read-only).
+numbers: small arrays are copied once, side by side, where the socket would have copied them; large ones not at all,
+and out of the frames none is (received arrays are read-only). See ``slime_async.transport.buffers``.
 
 A trajectory stays in the form in which it came: inside a header it is a byte string with its own header, so a
 ``ReceivedTrajectory`` remembers its ``EncodedTrajectory`` and is sent on (or stored) without being coded again.
@@ -25,13 +26,10 @@ import numpy as np
 
 from slime_async.protocol import PROTOCOL_VERSION, ErrorReply, Message
 from slime_async.trajectory import Trajectory
+from slime_async.transport.buffers import DEFAULT_LIMITS, Buffer, Frames, Limits, check_sizes, frames_of, size_of
 from slime_async.transport.coders import (
-    DEFAULT_LIMITS,
     INT_MAX,
-    Buffer,
     Coder,
-    Frames,
-    Limits,
     coder,
     fields_coder,
     register,
@@ -72,7 +70,7 @@ class EncodedTrajectory:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(memoryview(f).nbytes for f in self.frames)
+        return len(self.header) + sum(map(size_of, self.frames))
 
 
 class ReceivedTrajectory(Trajectory):
@@ -131,24 +129,24 @@ def encode_trajectory(trajectory: Trajectory | EncodedTrajectory) -> EncodedTraj
         assert _TRAJECTORY.encode is not None
         frames: list[Buffer] = []
         header = _pack(_TRAJECTORY.encode(trajectory, frames))
-        encoded = EncodedTrajectory(header, tuple(frames))
+        encoded = EncodedTrajectory(header, tuple(filter(size_of, frames)))
     return encoded
 
 
 def decode_trajectory(encoded: EncodedTrajectory, limits: Limits = DEFAULT_LIMITS) -> ReceivedTrajectory:
     """Raises ``BadMessage``; the arrays are views of ``encoded``."""
-    frames = _open(encoded.frames, limits)
+    frames = Frames(encoded.frames, limits)
     trajectory = _decode_trajectory(encoded.header, frames)
-    _all_taken(frames)
+    frames.end()
     return trajectory
 
 
 def _decode_trajectory(raw: Any, frames: Frames) -> ReceivedTrajectory:
     if type(raw) is not bytes:
         raise wants("bytes of a trajectory", raw)
-    first = frames.position
+    first = len(frames.taken)
     trajectory: ReceivedTrajectory = _TRAJECTORY.decode(_unpack(raw, frames.limits), frames)
-    encoded = EncodedTrajectory(raw, tuple(frames.views[first : frames.position]))
+    encoded = EncodedTrajectory(raw, tuple(frames.taken[first:]))
     object.__setattr__(trajectory, "encoded", encoded)
     return trajectory
 
@@ -174,11 +172,13 @@ _ERROR_REPLY = coder(ErrorReply)
 def encode(message: Message, *, call_id: int = 0, reply: bool = False, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
     """Frames to send. Raises ``BadMessage`` for what the receiver would refuse: a wrong dtype, too large a size."""
     assert _MESSAGES.encode is not None
-    frames: list[Buffer] = [b""]
-    body = _MESSAGES.encode(message, frames)
-    frames[0] = _pack((PROTOCOL_VERSION, call_id, reply, body))
+    arrays: list[Buffer] = []
+    body = _MESSAGES.encode(message, arrays)
+    frames: list[Buffer] = [_pack((PROTOCOL_VERSION, call_id, reply, body))]
+    if arrays:
+        frames += frames_of(arrays)
     try:
-        _check_sizes(frames, limits)
+        check_sizes(frames, limits)
     except BadMessage as bad:
         raise bad.within(type(message).__name__) from None
     return frames
@@ -188,12 +188,12 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Envelop
     """Raises ``BadMessage`` for anything that ``encode`` would not have made, and for other protocol versions."""
     if not frames:
         raise BadMessage("a message has at least one frame, this one has none")
-    _check_sizes(frames, limits)
+    check_sizes(frames, limits)
     call_id, reply, body = _open_envelope(_unpack(frames[0], limits))
     try:
-        rest = _open(frames[1:], limits)
+        rest = Frames(frames[1:], limits)
         message = _MESSAGES.decode(body, rest)
-        _all_taken(rest)
+        rest.end()
     except BadMessage as bad:
         bad.call_id, bad.reply = call_id, reply
         raise
@@ -215,26 +215,3 @@ def _open_envelope(raw: Any) -> tuple[int, bool, Any]:
         bad.call_id, bad.reply = call_id, reply
         raise bad
     return call_id, reply, body[0]
-
-
-def _open(frames: Sequence[Buffer], limits: Limits) -> Frames:
-    return Frames([f if type(f) is memoryview else memoryview(f) for f in frames], limits)
-
-
-def _all_taken(frames: Frames) -> None:
-    if frames.position != len(frames.views):
-        raise BadMessage(f"has {len(frames.views)} raw frames, its header names {frames.position}")
-
-
-def _check_sizes(frames: Sequence[Buffer], limits: Limits) -> None:
-    if len(frames) - 1 > limits.frames:
-        raise BadMessage(f"has {len(frames) - 1} raw frames, the limit is {limits.frames}")
-    total = 0
-    for i, frame in enumerate(frames):
-        size = frame.nbytes if type(frame) is memoryview else len(frame)
-        total += size
-        if size > (limits.frame_bytes if i else limits.header_bytes):
-            limit = f"{limits.frame_bytes} for an array" if i else f"{limits.header_bytes} for a header"
-            raise BadMessage(f"frame {i} has {size} bytes, the limit is {limit}")
-    if total > limits.total_bytes:
-        raise BadMessage(f"has {total} bytes, the limit is {limits.total_bytes}")

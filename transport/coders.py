@@ -10,13 +10,13 @@ tuple[X, …], NamedTuple         array
 dict[str, X]                    map
 dataclass                       map of all its fields by name
 A | B of dataclasses            array [class name, map]
-NDArray[dtype]                  array [dtype, [shape]]; its bytes are the message's next raw frame.
+NDArray[dtype]                  array [dtype, [shape]]; its bytes are the next ones in the message's raw frames.
                                 With a concrete dtype it is a column (one dimension); NDArray[np.generic] takes
                                 any allowed dtype and up to ``Limits.dimensions`` dimensions
 ==============================  =====================================================================
 
-A coder is compiled once per type. Encoders append raw frames to a list; decoders take them from a ``Frames`` cursor in
-the same order. Whatever comes in, decoders raise ``BadMessage`` and nothing else, before they allocate.
+A coder is compiled once per type. Encoders append arrays to a list; decoders take them from a ``Frames`` cursor in the
+same order. Whatever comes in, decoders raise ``BadMessage`` and nothing else, before they allocate.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ import functools
 import operator
 import reprlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slime_async.transport.buffers import DEFAULT_LIMITS, Buffer, Frames
 from slime_async.transport.errors import BadMessage
-
-Buffer = bytes | bytearray | memoryview
 
 INT_MAX = 2**63 - 1
 _DTYPE_NAMES = (
@@ -43,45 +42,6 @@ _DTYPE_NAMES = (
 )
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name).newbyteorder("<") for name in _DTYPE_NAMES.split()}
 NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes beyond which a message is refused: by its sender with ``BadMessage``, by its receiver unread."""
-
-    header_bytes: int = 16 << 20
-    """The msgpack part; a manifest of 50,000 tensors takes 5 MB"""
-    frame_bytes: int = 64 << 20
-    """One array; sockets close a connection that announces a larger frame"""
-    frames: int = 1 << 18
-    """Arrays in one message; a batch has at least three per trajectory"""
-    total_bytes: int = 16 << 30
-    """All of one message"""
-    collection_length: int = 1 << 16
-    """Entries of one tuple or dict"""
-    string_bytes: int = 1 << 20
-    dimensions: int = 4
-    """Of an array"""
-
-
-DEFAULT_LIMITS = Limits()
-
-
-class Frames:
-    """A cursor over the raw frames of one message."""
-
-    __slots__ = ("limits", "position", "views")
-
-    def __init__(self, views: Sequence[memoryview], limits: Limits) -> None:
-        self.views = views
-        self.position = 0
-        self.limits = limits
-
-    def take(self) -> memoryview:
-        if self.position == len(self.views):
-            raise BadMessage(f"needs more frames than the {len(self.views)} that came")
-        self.position += 1
-        return self.views[self.position - 1]
 
 
 Encode = Callable[[Any, list[Buffer]], Any]
@@ -93,6 +53,8 @@ class Coder(NamedTuple):
 
     encode: Encode | None
     decode: Decode
+    plain: type | None = None
+    """The type that says all: such a value is right as it came if its type is this (and an int has 64 bits)"""
 
 
 def wants(wanted: str, value: object) -> BadMessage:
@@ -118,7 +80,7 @@ def _exactly(kind: type) -> Decode:
 
 
 def _encode_float(value: Any, _: list[Buffer]) -> float:
-    if type(value) is not float and isinstance(value, (int, np.number)):
+    if isinstance(value, (int, np.number)):
         return float(value)
     return cast(float, value)  # anything else is msgpack's to take, and the receiver's to refuse
 
@@ -144,7 +106,7 @@ def _literal(values: tuple[Any, ...]) -> Coder:
 
 
 def _optional(inner: Coder) -> Coder:
-    encode_inner, decode_inner = inner
+    encode_inner, decode_inner, _ = inner
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         return value if value is None or encode_inner is None else encode_inner(value, frames)
@@ -152,8 +114,15 @@ def _optional(inner: Coder) -> Coder:
     return Coder(encode, lambda raw, frames: None if raw is None else decode_inner(raw, frames))
 
 
+def _all_plain(values: Collection[Any], kind: type | None) -> bool:
+    """Whether nothing is left to check in any of them; done without a call for each."""
+    if kind is None or set(map(type, values)) - {kind}:
+        return False
+    return kind is not int or max(values, default=0) <= INT_MAX
+
+
 def _sequence(item: Coder) -> Coder:
-    encode_item, decode_item = item
+    encode_item, decode_item, plain = item
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         assert encode_item is not None
@@ -162,6 +131,8 @@ def _sequence(item: Coder) -> Coder:
     def decode(raw: Any, frames: Frames) -> tuple[Any, ...]:
         if type(raw) is not list:
             raise wants("an array", raw)
+        if _all_plain(raw, plain):
+            return tuple(raw)
         done: list[Any] = []
         try:
             for entry in raw:
@@ -174,7 +145,7 @@ def _sequence(item: Coder) -> Coder:
 
 
 def _mapping(item: Coder) -> Coder:
-    encode_item, decode_item = item
+    encode_item, decode_item, _ = item
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         assert encode_item is not None
@@ -201,24 +172,37 @@ def _mapping(item: Coder) -> Coder:
     return Coder(None if encode_item is None else encode, decode)
 
 
+def _row(names: Sequence[str], coders: Sequence[Coder]) -> Callable[[list[Any], Frames], None]:
+    """Decodes one value per name, in place. Most are plain: looking at their type saves a call for each."""
+    steps = tuple((i, c.plain, c.decode) for i, c in enumerate(coders))
+
+    def decode(row: list[Any], frames: Frames) -> None:
+        i = 0
+        try:
+            for i, plain, decode_value in steps:
+                value = row[i]
+                kind = type(value)
+                if kind is not plain or (kind is int and value > INT_MAX):
+                    row[i] = decode_value(value, frames)
+        except BadMessage as bad:
+            raise bad.within(names[i]) from None
+
+    return decode
+
+
 def _named_tuple(kind: Any) -> Coder:
     names: tuple[str, ...] = kind._fields
     hints = get_type_hints(kind)
     coders = [coder(hints[n]) for n in names]
     if any(c.encode is not None for c in coders):
         raise TypeError(f"{kind.__name__} needs coding: only tuples of ints, strs and such tuples go as they are")
-    decoders = [c.decode for c in coders]
+    decode_row, make = _row(names, coders), kind._make
 
     def decode(raw: Any, frames: Frames) -> Any:
         if type(raw) is not list or len(raw) != len(names):
             raise wants(f"{kind.__name__}({', '.join(names)})", raw)
-        done: list[Any] = []
-        try:
-            for decode_field, entry in zip(decoders, raw, strict=True):
-                done.append(decode_field(entry, frames))
-        except BadMessage as bad:
-            raise bad.within(names[len(done)]) from None
-        return kind._make(done)
+        decode_row(raw, frames)
+        return make(raw)
 
     return Coder(None, decode)
 
@@ -235,36 +219,30 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     hints = get_type_hints(cls)
     names = tuple(f.name for f in dataclasses.fields(cls))
     coders = [coder(hints[n]) for n in names]
-    decoders = tuple((n, c.decode) for n, c in zip(names, coders, strict=True))
-    encoders = tuple((n, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values = _getter(names)
+    encoders = tuple((n, c.plain, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
+    values, decode_row = _getter(names), _row(names, coders)
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, cls):
             raise wants(cls.__name__, value)
         raw = dict(zip(names, values(value), strict=True))
-        for name, encode_field in encoders:
-            try:
-                raw[name] = encode_field(raw[name], frames)
-            except BadMessage as bad:
-                raise bad.within(name) from None
+        for name, plain, encode_field in encoders:
+            if type(raw[name]) is not plain:
+                try:
+                    raw[name] = encode_field(raw[name], frames)
+                except BadMessage as bad:
+                    raise bad.within(name) from None
         return raw
 
     def decode(raw: Any, frames: Frames) -> Any:
         if type(raw) is not dict:
             raise wants(f"a map of {cls.__name__}'s fields", raw)
-        if len(raw) != len(names):
-            raise BadMessage(f"{cls.__name__} has fields {list(names)}, got {reprlib.repr(list(raw))}")
-        done: list[Any] = []
+        if tuple(raw) != names:
+            raise BadMessage(f"{cls.__name__} has fields {list(names)} in this order, got {reprlib.repr(list(raw))}")
+        row = list(raw.values())
+        decode_row(row, frames)
         try:
-            for name, decode_field in decoders:
-                if name not in raw:
-                    raise BadMessage(f"missing: {cls.__name__} has fields {list(names)}, got {reprlib.repr(list(raw))}")
-                done.append(decode_field(raw[name], frames))
-        except BadMessage as bad:
-            raise bad.within(names[len(done)]) from None
-        try:
-            return build(*done)
+            return build(*row)
         except ValueError as error:
             raise BadMessage(str(error)) from None
 
@@ -304,20 +282,22 @@ def union(kinds: Sequence[Any]) -> Coder:
 
 
 def _array(wanted: np.dtype[Any] | None) -> Coder:
+    """Any array, or a column of ``wanted``."""
+    most_dimensions = None if wanted is None else 1
+
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, np.ndarray):
             raise wants("a numpy array", value)
-        name = NAMES.get(value.dtype)
-        if name is None or (wanted is not None and value.dtype != wanted):
-            raise BadMessage(
-                f"wants dtype {wanted or f'among {_DTYPE_NAMES}'}, got {value.dtype.str}: convert it first"
-            )
-        if wanted is not None and value.ndim != 1:
-            raise BadMessage(f"wants one dimension, got shape {value.shape}")
-        if not 1 <= value.ndim <= DEFAULT_LIMITS.dimensions:
-            raise BadMessage(f"has shape {value.shape}: too few or too many dimensions")
+        dtype, shape = value.dtype, value.shape
+        name = NAMES.get(dtype)
+        if name is None or (wanted is not None and dtype != wanted):
+            raise BadMessage(f"wants dtype {wanted or f'among {_DTYPE_NAMES}'}, got {dtype.str}: convert it first")
+        if wanted is not None and len(shape) != 1:
+            raise BadMessage(f"wants one dimension, got shape {shape}")
+        if not 1 <= len(shape) <= DEFAULT_LIMITS.dimensions:
+            raise BadMessage(f"has shape {shape}: too few or too many dimensions")
         frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
-        return [name, value.shape]
+        return name, shape
 
     def decode(raw: Any, frames: Frames) -> Any:
         if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not str or type(raw[1]) is not list:
@@ -326,20 +306,18 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
         dtype = DTYPES.get(name)
         if dtype is None or (wanted is not None and dtype != wanted):
             raise BadMessage(f"wants dtype {wanted or f'among {_DTYPE_NAMES}'}, got {reprlib.repr(name)}")
-        if not 1 <= len(shape) <= (frames.limits.dimensions if wanted is None else 1):
+        if not 1 <= len(shape) <= (most_dimensions or frames.limits.dimensions):
             raise BadMessage(f"has shape {reprlib.repr(shape)}: too few or too many dimensions")
         size = dtype.itemsize
         for n in shape:
             if type(n) is not int or n < 0:
                 raise wants("lengths ≥ 0 as shape", shape)
             size *= n
-        frame = frames.take()
-        if frame.nbytes != size:
-            raise BadMessage(f"{name}{shape} takes {size} bytes, its frame has {frame.nbytes}")
-        array = np.frombuffer(frame, dtype)
+        frame = frames.take(size)
+        array = np.frombuffer(frame, dtype)  # read-only, as the frame is
         if not array.flags.aligned:  # small messages come at any address of the socket's read buffer
             array = array.copy()
-        array.flags.writeable = False  # the bytes belong to the message, which may be sent on
+            array.flags.writeable = False
         return array if len(shape) == 1 else array.reshape(shape)
 
     return Coder(encode, decode)
@@ -348,9 +326,9 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
 # -------------------------------------------------------------------------------------------------- compiler
 
 _SCALARS: dict[Any, Coder] = {
-    int: Coder(None, _decode_int),
-    float: Coder(_encode_float, _exactly(float)),
-    **{kind: Coder(None, _exactly(kind)) for kind in (bool, str, bytes)},
+    int: Coder(None, _decode_int, int),
+    float: Coder(_encode_float, _exactly(float), float),
+    **{kind: Coder(None, _exactly(kind), kind) for kind in (bool, str, bytes)},
 }
 _CUSTOM: dict[Any, Coder] = {}
 

@@ -1,7 +1,8 @@
 """Calls and notes with one other side, either way: what client and server have in common.
 
-Each call that comes in runs in a task of its own, started in the order of arrival, so a call that waits long blocks
-nobody. Each call that goes out has a deadline; when the other side leaves, all of them fail at once.
+What comes in is handed to the handlers in the order of arrival. A handler returns its answer, or a coroutine that has
+to wait for it and becomes a task of its own, so that a call that waits long blocks nobody. Each call that goes out has
+a deadline; when the other side leaves, all of them fail at once.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from slime_async.protocol import ErrorReply, Message
@@ -37,9 +39,15 @@ def error_reply(error: BaseException) -> ErrorReply:
     return ErrorReply(code, text[:ERROR_TEXT_CHARACTERS])
 
 
+Answer = Message | Coroutine[Any, Any, Message]
+OnCall = Callable[[Message], Answer]
+OnNote = Callable[[Message], Coroutine[Any, Any, None] | None]
+
+
 @dataclass(slots=True)
 class _Call:
     frames: Sequence[Buffer]
+    """While they may have to be sent (again)"""
     reply: asyncio.Future[Message]
     retry: bool
     sending: asyncio.Future[None] | None = None
@@ -73,9 +81,10 @@ class Conversation:
         self,
         other: str,
         send: Callable[[Sequence[Buffer]], bool],
+        flush_soon: Callable[[], None],
         *,
-        on_call: Callable[[Message], Awaitable[Message]],
-        on_note: Callable[[Message], Awaitable[None]],
+        on_call: OnCall,
+        on_note: OnNote,
         on_bug: Callable[[BaseException], None],
         on_bad: Callable[[BadMessage], None],
         limits: Limits,
@@ -83,7 +92,7 @@ class Conversation:
         holding: bool = False,
     ) -> None:
         self.other = other
-        self.outbox = Outbox(send)
+        self.outbox = Outbox(send, flush_soon, self._count_blocked)
         self.heard_at = time.monotonic()
         self.suspended = False
         self.holding = holding
@@ -93,7 +102,7 @@ class Conversation:
         self._traffic = traffic
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._closed: Exception | None = None
 
     @property
@@ -103,8 +112,8 @@ class Conversation:
 
     @property
     def handling(self) -> int:
-        """Calls and notes that came and are not done."""
-        return len(self._tasks)
+        """Calls and notes that came and are not done, or whose answer waits for room."""
+        return len(self._tasks) + len(self.outbox)
 
     # ---------------------------------------------------------------------------------------------- going out
 
@@ -123,6 +132,9 @@ class Conversation:
         try:
             if first or not self.suspended:
                 call.sending = self._put(frames)
+                if not retry:
+                    call.frames = ()
+            del frames  # large ones are not needed while the reply is waited for
             return await call.reply
         finally:
             timer.cancel()
@@ -135,28 +147,21 @@ class Conversation:
         self._check_open()
         if self.suspended:
             raise ConnectionLost(f"{self.other} is not connected now")
-        await self._post(encode(message, limits=self._limits))
+        await self._put(encode(message, limits=self._limits))
 
     def note_nowait(self, message: Message) -> bool:
-        """Whether the note is on its way, or waits for room by itself. Raises ``BadMessage`` if unsendable."""
+        """Whether the note will be sent, as long as the connection holds. Raises ``BadMessage`` if unsendable."""
         if self._closed is not None or self.suspended or len(self.outbox) >= MAX_UNATTENDED:
             return False
-        try:
-            self._put(encode(message, limits=self._limits))
-        except ConnectionLost:
-            return False
+        self._put(encode(message, limits=self._limits))
         return True
 
-    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
-        sending = self.outbox.put(frames)
+    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
         self._traffic.messages_out += 1
-        self._traffic.blocked += sending is not None
-        return sending
+        return self.outbox.put(frames)
 
-    async def _post(self, frames: Sequence[Buffer]) -> None:
-        sending = self._put(frames)
-        if sending is not None:
-            await sending
+    def _count_blocked(self, messages: int) -> None:
+        self._traffic.blocked += messages
 
     def _expire(self, call: _Call, name: str, timeout_s: float) -> None:
         if not call.reply.done():
@@ -188,10 +193,39 @@ class Conversation:
             )
         elif self.holding:
             self._held.append(envelope)
-        elif envelope.call_id:
-            self._spawn(self._answer(envelope.message, envelope.call_id), envelope.call_id)
         else:
-            self._spawn(self._on_note_safely(envelope.message), 0)
+            self._handle(envelope.message, envelope.call_id)
+
+    def _handle(self, message: Message, call_id: int) -> None:
+        try:
+            outcome = self._on_call(message) if call_id else self._on_note(message)
+        except Exception as error:  # noqa: BLE001 - as of a task: its caller is told, and whoever owns this
+            self._failed(error, call_id)
+        else:
+            if isinstance(outcome, Message):
+                self._reply(outcome, call_id)
+            elif outcome is not None:
+                task = asyncio.get_running_loop().create_task(outcome)
+                self._tasks.add(task)
+                task.add_done_callback(partial(self._done, call_id))
+
+    def _done(self, call_id: int, task: asyncio.Task[Message | None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self._failed(error, call_id)
+        elif (reply := task.result()) is not None:
+            self._reply(reply, call_id)
+
+    def _failed(self, error: BaseException, call_id: int) -> None:
+        """A handler raised: its sender is told; of bugs, whoever owns this conversation too."""
+        answerable = isinstance(error, ANSWERABLE)
+        if answerable or call_id:
+            self._reply(error_reply(error), call_id)
+        if not answerable:
+            self._on_bug(error)
 
     def _settle(self, call_id: int, outcome: Message | Exception) -> None:
         call = self._calls.get(call_id)
@@ -206,50 +240,19 @@ class Conversation:
         self._traffic.bad += 1
         if bad.reply:
             self._settle(bad.call_id, bad)
-        else:
-            self._spawn(self._reply(error_reply(bad), bad.call_id), 0)
+        self._reply(error_reply(bad), 0 if bad.reply else bad.call_id)
         self._on_bad(bad)
 
-    async def _answer(self, message: Message, call_id: int) -> None:
-        try:
-            reply = await self._on_call(message)
-        except ANSWERABLE as error:
-            reply = error_reply(error)
-        await self._reply(reply, call_id)
-
-    async def _on_note_safely(self, message: Message) -> None:
-        try:
-            await self._on_note(message)
-        except ANSWERABLE as error:
-            await self._reply(error_reply(error), 0)
-
-    async def _reply(self, reply: Message, call_id: int) -> None:
-        """To a call, or about a note (``call_id`` 0)."""
+    def _reply(self, reply: Message, call_id: int) -> None:
+        """To a call, or about a note (``call_id`` 0). Where there is no room, it waits in the outbox."""
+        if self._closed is not None:
+            return
         is_reply = call_id != 0
         try:
             frames = encode(reply, call_id=call_id, reply=is_reply, limits=self._limits)
         except BadMessage as bad:
             frames = encode(error_reply(bad), call_id=call_id, reply=is_reply)
-        if self._closed is None:
-            try:
-                await self._post(frames)
-            except ConnectionLost:
-                self._traffic.ignored += 1  # nobody is left to read it; the connection's owner is told elsewhere
-
-    def _spawn(self, work: Coroutine[Any, Any, None], call_id: int) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(lambda done: self._done(done, call_id))
-
-    def _done(self, task: asyncio.Task[None], call_id: int) -> None:
-        self._tasks.discard(task)
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is not None:
-            if call_id and self._closed is None:
-                self._spawn(self._reply(error_reply(error), call_id), 0)
-            self._on_bug(error)
+        self._put(frames)
 
     # ---------------------------------------------------------------------------------------------- ends
 

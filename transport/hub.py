@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from slime_async.addresses import connectable
 from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
     Batch,
@@ -39,13 +40,17 @@ from slime_async.protocol import (
     Evaluate,
     EvaluationResult,
     Failed,
+    Fetch,
+    Fetched,
     Finish,
+    FollowLease,
     GetStatus,
     GetTime,
     Granted,
     Hello,
     HubTime,
     Lease,
+    Leaving,
     Membership,
     Message,
     NotReady,
@@ -57,12 +62,18 @@ from slime_async.protocol import (
     RunStatus,
     Shutdown,
     Started,
+    StoredTrajectory,
     Welcome,
 )
 from slime_async.queue import Exhausted, LeasedBatch, TrajectoryMeta
-from slime_async.trajectory import Trajectory
+from slime_async.queue.spread import spread_grants
+from slime_async.telemetry.process import PROCESS
+from slime_async.trajectory import NOT_SAMPLED, Trajectory
 from slime_async.transport.codec import ReceivedTrajectory
+from slime_async.transport.conversation import Answer
 from slime_async.transport.errors import ConnectionLost
+from slime_async.transport.failures import Failures
+from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.observer import HubObserver
 from slime_async.transport.security import server_security
 from slime_async.transport.server import Peer, Server
@@ -90,12 +101,12 @@ class Judge(Protocol):
     async def close(self) -> None: ...
 
 
-MAX_JUDGE_FAILURES = 8
-"""In a row; then the run fails, as no group would ever be trained"""
-
-
 class LearnerLost(RuntimeError):
     """The learner went away before the run was finished."""
+
+
+class HubStopped(RuntimeError):
+    """The hub was told to stop, by SIGTERM."""
 
 
 @dataclass(slots=True)
@@ -135,12 +146,10 @@ class Hub:
         self._learner: str | None = None
         self._told = self._queue.left_out
         """When the last batch was leased: batches carry the differences"""
-        self._failed: Counter[str] = Counter()
-        """Training episodes since then, by what failures are counted as"""
+        self._failures = Failures(clock)
         assert judge is not None or not self._queue.limits.judge_groups
         self._judge = judge
         self._judging: dict[int, asyncio.Task[None]] = {}
-        self._judge_failures = 0
         self._draining = 0
         self._drained = False
         self._changed = asyncio.Event()
@@ -192,7 +201,7 @@ class Hub:
             failed = self._failure is not None or not finishing.done()
             self._tell_everyone(Shutdown(self._finish_reason or "the hub stopped", failed))
             try:
-                if finishing.done():
+                if finishing.done() and not isinstance(self._failure, HubStopped):
                     await self._until(lambda: not self._actors and self._learner is None, GOODBYE_WAIT_S)
             finally:
                 running.update(self._judging.values())
@@ -204,6 +213,10 @@ class Hub:
                     self._observer.close()
                     await self._server.close()
                     await self._store.close()
+
+    def stop(self) -> None:
+        """End ``run`` with ``HubStopped``: between two transitions, so that the journal never has half of one."""
+        self._fail(HubStopped("the hub was told to stop"))
 
     # ------------------------------------------------------------------------------------------------ membership
 
@@ -277,6 +290,10 @@ class Hub:
             self._members_changed.set()
             self._wake()
 
+    def _end_if_hopeless(self) -> None:
+        if why := self._failures.hopeless:
+            self._fail(ConfigError(why))
+
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._finish_reason = str(error)
@@ -290,7 +307,12 @@ class Hub:
 
     # ---------------------------------------------------------------------------------------------------- calls
 
-    async def _on_call(self, peer: Peer, message: Message) -> Message:
+    def _on_call(self, peer: Peer, message: Message) -> Answer:
+        if isinstance(message, Deliver) and not self._store.is_durable:
+            return self._deliver(peer, message)  # the most frequent call, and nothing to wait for
+        return self._answer_safely(peer, message)
+
+    async def _answer_safely(self, peer: Peer, message: Message) -> Message:
         reply = await self._answer(peer, message)
         await self._store.persist()  # whoever reads the reply relies on it
         return reply
@@ -300,11 +322,20 @@ class Hub:
         match message:
             case Deliver():
                 return self._deliver(peer, message)
+            case Leaving():
+                if peer.name in self._actors:
+                    self._actors[peer.name].slots = 0
+                    log.info("actor %s is leaving: nothing more is granted to it", peer.name)
             case Failed():
                 self._queue.fail(message.key, message.attempt, message.reason, now)
-                self._failed[message.kind or "unknown"] += not message.evaluation
+                self._failures.episode_failed(message.kind, message.reason, counts=not message.evaluation)
+                self._end_if_hopeless()
             case Lease():
                 return await self._lease(message)
+            case FollowLease():
+                return await self._follow_lease(message)
+            case Fetch():
+                return await self._fetch(message)
             case Commit():
                 self._queue.commit(message.incarnation, message.train_version, now)
                 self._store.spill(message.train_version)
@@ -335,7 +366,7 @@ class Hub:
         self._wake()
         return Ok()
 
-    async def _on_note(self, peer: Peer, message: Message) -> None:
+    def _on_note(self, peer: Peer, message: Message) -> None:
         match message:
             case Started():
                 self._queue.start(message.key, message.attempt, self._clock())
@@ -350,6 +381,7 @@ class Hub:
         assert isinstance(trajectory, ReceivedTrajectory)
         meta = TrajectoryMeta.of(trajectory, trajectory.encoded.nbytes)
         outcome = self._queue.deliver(meta, peer.name, self._clock())
+        self._failures.episode_succeeded()
         if outcome == "accepted" and not message.evaluation:
             self._store.keep(trajectory)
         self._wake()
@@ -367,17 +399,46 @@ class Hub:
             return NotReady(self._queue.waiting_for(self._clock()))
         self._wake()
         left_out, before = self._queue.left_out, self._told
-        failed = {kind: count for kind, count in sorted(self._failed.items()) if count}
         self._told = left_out
-        self._failed.clear()
         return Batch(
             message.train_version,
-            await self._store.get(leased.keys),
+            await self._store.get(leased.keys) if message.payloads else (),
             stale_tokens_dropped=left_out.stale_tokens - before.stale_tokens,
             rewards=leased.rewards,
             groups_filtered=left_out.groups_filtered - before.groups_filtered,
             tokens_filtered=left_out.tokens_filtered - before.tokens_filtered,
-            episodes_failed=failed,
+            episodes_failed=self._failures.take(),
+            stored=() if message.payloads else self._stored(message.train_version),
+        )
+
+    async def _follow_lease(self, message: FollowLease) -> Message:
+        """Any rank of the learner: which trajectories there are to fetch. What is told once is told to the lease."""
+        leased = await self._until(
+            lambda: self._queue.leased_batch(message.incarnation, message.train_version), message.wait_s
+        )
+        if leased is None:
+            return NotReady(self._queue.waiting_for(self._clock()))
+        return Batch(message.train_version, (), rewards=leased.rewards, stored=self._stored(message.train_version))
+
+    async def _fetch(self, message: Fetch) -> Fetched:
+        unknown = set(message.keys).difference(self._queue.batch_keys(message.train_version))
+        if unknown:
+            raise ValueError(
+                f"batch {message.train_version} does not hold {sorted(unknown)[:5]}: lease it, then fetch what it names"
+            )
+        return Fetched(await self._store.get(message.keys))
+
+    def _stored(self, train_version: int) -> tuple[StoredTrajectory, ...]:
+        return tuple(
+            StoredTrajectory(
+                meta.key,
+                meta.num_tokens,
+                meta.size_bytes,
+                meta.tokens_by_version[0][0] if meta.tokens_by_version else NOT_SAMPLED,
+                meta.tokens_by_version[-1][0] if meta.tokens_by_version else NOT_SAMPLED,
+                meta.reward,
+            )
+            for meta in self._queue.batch_metas(train_version)
         )
 
     async def _relay(self, message: Relay) -> Message:
@@ -423,7 +484,7 @@ class Hub:
         peers = tuple(PeerStatus(p.role, p.name, p.silent_s, p.report) for p in self._server.peers.values())
         statistics = self._queue.statistics(now).as_report()
         queue: Report = {**statistics, **self._store.as_report(), "waiting_for": self._queue.waiting_for(now)}
-        return RunStatus(self._run_id, queue, peers)
+        return RunStatus(self._run_id, queue, peers, PROCESS.about())
 
     # ------------------------------------------------------------------------------------------------- movement
 
@@ -456,25 +517,21 @@ class Hub:
         try:
             rewards, keep = await self._judge(trajectories)
             self._queue.judge(serial, rewards, keep, self._clock())
-            self._judge_failures = 0
+            self._failures.group_succeeded()
         except Exception as error:  # user code may raise anything
             log.warning("the judge of group %d failed", serial, exc_info=error)
-            self._judge_failures += 1
-            self._failed["judge"] += self._config.batch.group_size
+            self._failures.group_failed(len(trajectories), str(error))
             self._queue.give_up_group(serial, f"judge: {error}", self._clock())
-            if self._judge_failures >= MAX_JUDGE_FAILURES:
-                self._fail(RuntimeError(f"{self._judge_failures} groups in a row could not be judged: {error}"))
+            self._end_if_hopeless()
         del self._judging[serial]
         self._wake()
 
     def _grant(self) -> None:
-        """To the actors with the most free slots first, so that a batch spreads over all of them."""
         now = self._clock()
         free = {name: actor.slots - self._queue.outstanding(name) for name, actor in self._actors.items()}
-        for name in sorted(free, key=lambda name: -free[name]):
-            slots = self._actors[name].slots
-            reservations = self._queue.grant(name, free[name], now, slots) if free[name] > 0 else ()
-            if reservations and not self._server.note_nowait(name, Granted(reservations)):
+        slots = {name: actor.slots for name, actor in self._actors.items()}
+        for name, reservations in spread_grants(self._queue, free, slots, now).items():
+            if not self._server.note_nowait(name, Granted(tuple(reservations))):
                 for reservation in reservations:  # its outbox is full: it cannot be told, so it does not hold them
                     self._queue.fail(reservation.key, reservation.attempt, f"{name} takes no messages", now)
 
@@ -495,7 +552,9 @@ class Hub:
     async def _sample_regularly(self) -> None:
         """How full the queue is, for the report."""
         while True:
-            self._observer.sample(self._queue.statistics(self._clock()).as_report())
+            statistics = self._queue.statistics(self._clock()).as_report()
+            self._observer.sample(statistics)
+            PROCESS.tell("queue", {**statistics, **self._store.as_report(), "actors": len(self._actors)})
             await asyncio.sleep(self._config.hub.heartbeat_interval_s)
 
     async def _watch_for_stalls(self) -> None:
@@ -517,9 +576,11 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
     """The hub's process: writes its address to ``ready_file`` once it listens, and returns when the run is over.
 
     ``judge`` as in ``Hub``. Raises ``ConfigError`` for what the user must change before it can listen,
-    ``JournalError`` and ``LearnerLost``.
+    ``JournalError``, ``LearnerLost`` and, at SIGTERM, ``HubStopped``.
     """
     import uvloop
+
+    keep_freed_memory()
 
     async def main() -> None:
         observer = HubObserver.of_run(run_directory)
@@ -530,9 +591,10 @@ def run_hub(config: Config, run_directory: Path, ready_file: Path, judge: Judge 
             raise ConfigError(f"hub.address = {config.hub.address!r}: {error}; take another port, or 0") from error
         except ValueError as error:  # keys, or a journal of another batch shape
             raise ConfigError(str(error)) from error
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, hub.stop)
         observer.listening()
         partial = ready_file.with_suffix(".partial")
-        partial.write_text(hub.address)
+        partial.write_text(connectable(hub.address))
         partial.rename(ready_file)
         log.info("listening on %s", hub.address)
         try:

@@ -9,10 +9,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from slime_async.transport.codec import Limits
 from slime_async.transport.security import ClientSecurity, secure_client
-from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, set_heartbeats
+from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, watch_connections
 
 RETRY_INTERVAL_S = 0.1
 """Between attempts to reach a hub that is not there (yet)"""
+PATIENCE_S = 10.0
+"""Of the kernel with a hub that does not answer; the hub's own comes with its welcome"""
 _EVENTS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -37,7 +39,7 @@ class Link:
     ) -> None:
         socket = new_socket(context, zmq.DEALER, limits)
         socket.setsockopt(zmq.RECONNECT_IVL, int(RETRY_INTERVAL_S * 1000))
-        set_heartbeats(socket, 1.0, 10.0)
+        watch_connections(socket, PATIENCE_S)
         if security is not None:
             secure_client(socket, security)
         self.trouble = "nobody listens there"

@@ -26,7 +26,7 @@ from zmq.utils import z85
 from slime_async.addresses import is_loopback
 from slime_async.config.errors import ConfigError
 from slime_async.config.schema import HubConfig
-from slime_async.transport.coders import Limits
+from slime_async.transport.buffers import Limits
 from slime_async.transport.stream import Stream, new_socket
 
 HUB_KEY = "hub.key"
@@ -77,6 +77,16 @@ def client_security(config: HubConfig) -> ClientSecurity | None:
         return ClientSecurity(
             load(config.keys / f"{config.key}.key"), load_public((config.keys / HUB_KEY).with_suffix(".pub"))
         )
+
+
+def client_files(keys: Path, key: str) -> dict[str, bytes]:
+    """By name, what a machine needs in its directory of keys to connect as ``key``: never the hub's secret.
+
+    Raises ``ConfigError`` when a file is missing.
+    """
+    with _explained(keys):
+        names = (f"{key}.key", f"{key}.pub", Path(HUB_KEY).with_suffix(".pub").name)
+        return {name: (keys / name).read_bytes() for name in names}
 
 
 @contextmanager

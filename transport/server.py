@@ -3,7 +3,7 @@
 ::
 
     Hello ──► on_join ──► Welcome        a peer by name, until on_leave
-    calls ──► on_call ──► reply          each in a task of its own
+    calls ──► on_call ──► reply          at once, or from a task of its own
     notes ──► on_note                    but heartbeats, whose report is kept in Peer.report
     silence, a broken connection, room for nothing, garbage, a goodbye ──► on_leave(peer, why)
 
@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import zmq
 
 from slime_async.protocol import ErrorReply, Goodbye, Heartbeat, Hello, Message, Report, Role, Welcome
 from slime_async.transport.codec import DEFAULT_LIMITS, Buffer, Limits, decode, encode
-from slime_async.transport.conversation import NOT_CONNECTED, Conversation, Traffic, error_reply
+from slime_async.transport.conversation import NOT_CONNECTED, Answer, Conversation, Traffic, error_reply
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
 from slime_async.transport.security import Doorkeeper, ServerSecurity, authorized, check_address
-from slime_async.transport.stream import SILENCE_READ, Stream, new_socket, set_heartbeats, terminate
+from slime_async.transport.stream import SILENCE_READ, Outbox, Stream, hang_up, new_socket, terminate, watch_connections
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ MAX_REMEMBERED = 4096
 """Connections whose strikes are remembered, the latest ones"""
 MAX_HANDLING = 4096
 """Calls and notes of one peer in progress; one that makes more does not wait for replies"""
+
+IO_THREADS = min(4, os.cpu_count() or 1)
+"""ZeroMQ's own threads where connections are encrypted; each connection belongs to one of them. Plain ones need one"""
 
 _HEARTBEAT = encode(Heartbeat())
 
@@ -76,12 +81,15 @@ class ServerStatistics(Traffic):
     """Peers disconnected because they took no message or sent garbage"""
     refused: int = 0
     """Connections without an authorized key"""
+    hung_up: int = 0
+    """Connections closed because their peer went on after it was cut off"""
 
 
 class Server:
     """Listens at ``address`` (port 0 takes a free one; ``address`` then names it, once started).
 
-    ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` may raise ``ValueError``, ``RemoteError``,
+    ``on_join`` may raise ``ValueError`` to refuse a ``Hello``; ``on_call`` and ``on_note`` return their answer, or a
+    coroutine where they have to wait for it, and may raise ``ValueError``, ``RemoteError``,
     ``DeadlineExceeded`` or ``ConnectionLost`` to answer with an ``ErrorReply``. Anything else that a handler raises
     answers its caller and ends ``serve`` with that error. ``on_leave`` is called once for each peer that joined, after
     it is out of ``peers``; its calls in progress are cancelled. A message must get through within
@@ -93,8 +101,8 @@ class Server:
         self,
         address: str,
         *,
-        on_call: Callable[[Peer, Message], Awaitable[Message]],
-        on_note: Callable[[Peer, Message], Awaitable[None]],
+        on_call: Callable[[Peer, Message], Answer],
+        on_note: Callable[[Peer, Message], Coroutine[Any, Any, None] | None],
         on_join: Callable[[Peer, Hello], Awaitable[Welcome]],
         on_leave: Callable[[Peer, str], None],
         heartbeat_interval_s: float = 1.0,
@@ -115,6 +123,8 @@ class Server:
         self._heart: asyncio.Task[None] | None = None
         self._by_identity: dict[bytes, Peer] = {}
         self._by_name: dict[str, Peer] = {}
+        self._waiting: dict[bytes, Outbox] = {}
+        """Where a message waits"""
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._statistics = ServerStatistics()
         self._ended = asyncio.Event()
@@ -134,10 +144,10 @@ class Server:
         """Listen. Raises ``OSError`` when the address is taken, ``ValueError`` for a bad list of authorized keys."""
         if self._security is not None:
             authorized(self._security.authorized_keys)  # an error now, not at the first connection
-        self._context = zmq.Context()
+        self._context = zmq.Context(1 if self._security is None else IO_THREADS)
         socket = new_socket(self._context, zmq.ROUTER, self._limits)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        set_heartbeats(socket, self._interval_s, self._timeout_s)
+        watch_connections(socket, self._timeout_s)
         if self._security is not None:
             self._doorkeeper = Doorkeeper(self._context, self._security, self._fail)
             self._doorkeeper.secure_server(socket)
@@ -185,6 +195,8 @@ class Server:
             self._heart.remove_done_callback(self._heart_stopped)
             self._heart.cancel()
             self._heart = None
+        if self._stream is not None and not self._stream.closed:
+            self._flush()
         for peer in list(self._by_identity.values()):
             peer.conversation.close(ConnectionLost(f"the hub closed its connection to {peer.name}"))
         self._by_identity.clear()
@@ -203,7 +215,11 @@ class Server:
         identity = bytes(frames[0])
         peer = self._by_identity.get(identity)
         if peer is None:
-            self._meet(identity, frames[1:])
+            if self._strikes.get(identity, 0) < MAX_STRIKES:
+                self._meet(identity, frames[1:])
+            else:
+                self._statistics.ignored += 1
+                self._statistics.hung_up += hang_up(frames[0])
             return
         peer.conversation.receive(frames[1:])
         if peer.conversation.handling > MAX_HANDLING:
@@ -211,9 +227,6 @@ class Server:
 
     def _meet(self, identity: bytes, frames: Sequence[Buffer]) -> None:
         """The first message of a connection: a ``Hello``, or something to refuse."""
-        if self._strikes.get(identity, 0) >= MAX_STRIKES:
-            self._statistics.ignored += 1
-            return
         self._statistics.messages_in += 1
         try:
             envelope = decode(frames, self._limits)
@@ -239,9 +252,15 @@ class Server:
         peer.conversation.take(envelope)
 
     def _converse(self, identity: bytes, hello: Hello) -> Conversation:
-        return Conversation(
+        def flush_soon() -> None:
+            assert self._stream is not None
+            self._waiting[identity] = conversation.outbox
+            self._stream.look_soon()
+
+        conversation = Conversation(
             f"{hello.role} {hello.name}",
             partial(self._send, identity),
+            flush_soon,
             on_call=lambda message: self._called(self._by_identity[identity], message),
             on_note=lambda message: self._noted(self._by_identity[identity], message),
             on_bug=self._fail,
@@ -249,10 +268,12 @@ class Server:
             limits=self._limits,
             traffic=self._statistics,
         )
+        return conversation
 
-    async def _called(self, peer: Peer, message: Message) -> Message:
-        if not isinstance(message, Hello):
-            return await self._on_call(peer, message)
+    def _called(self, peer: Peer, message: Message) -> Answer:
+        return self._join(peer, message) if isinstance(message, Hello) else self._on_call(peer, message)
+
+    async def _join(self, peer: Peer, message: Hello) -> Message:
         if message is not peer.hello:
             raise ValueError(f"{peer.name} said Hello twice: once per connection")
         peer.joined = True
@@ -264,7 +285,7 @@ class Server:
             raise
         return replace(welcome, heartbeat_interval_s=self._interval_s, heartbeat_timeout_s=self._timeout_s)
 
-    async def _noted(self, peer: Peer, message: Message) -> None:
+    def _noted(self, peer: Peer, message: Message) -> Coroutine[Any, Any, None] | None:
         if isinstance(message, Goodbye):
             self._leave(peer, "it said goodbye")
         elif isinstance(message, Heartbeat):
@@ -272,7 +293,8 @@ class Server:
         elif isinstance(message, ErrorReply):
             log.warning("%s could not take a message of the hub's: %s: %s", peer.name, message.code, message.message)
         else:
-            await self._on_note(peer, message)
+            return self._on_note(peer, message)
+        return None
 
     # ---------------------------------------------------------------------------------------------- going out
 
@@ -287,10 +309,11 @@ class Server:
             raise
 
     def _flush(self) -> None:
-        """There may be room again: let each peer's waiting messages go on."""
-        for peer in [p for p in self._by_identity.values() if len(p.conversation.outbox)]:
-            with suppress(ConnectionLost):  # _send has seen to it
-                peer.conversation.outbox.flush()
+        """There may be room: let each peer's waiting messages go on."""
+        for identity, outbox in list(self._waiting.items()):
+            outbox.flush()
+            if not len(outbox):
+                del self._waiting[identity]
 
     def _tell(self, identity: bytes, error: Exception, call_id: int) -> None:
         """An ``ErrorReply`` to someone who is no peer, if there is room for it now."""
@@ -354,6 +377,7 @@ class Server:
         if self._by_identity.get(peer.identity) is peer:
             self._statistics.cut_off += 1
             self._strike(peer.identity, MAX_STRIKES)
+            peer.conversation.outbox.flush()
             self._tell(peer.identity, RemoteError(NOT_CONNECTED, f"cut off by the hub: {reason}"), 0)
             self._leave(peer, f"cut off: {reason}")
 

@@ -8,23 +8,26 @@ one more look at the socket, which reads what came and lets the ``Outbox`` es tr
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from socket import SHUT_RDWR
+from socket import socket as Connection
 
 import zmq
 
-from slime_async.transport.coders import Buffer, Limits
+from slime_async.transport.buffers import BORROW_FROM_BYTES, Buffer, Limits
 from slime_async.transport.errors import ConnectionLost
 
 HIGH_WATER_MARK = 64
 """Messages that ZeroMQ buffers each way per connection; beyond it, senders wait"""
 BURST = 64
 """Messages read before other work of the loop gets a turn"""
+HANDSHAKE_S = 10.0
+"""For a connection to say who it is; those that don't are closed"""
 SILENCE_READ = 1024
 """Messages read before a silent peer is given up"""
-COPY_BELOW_BYTES = 256 << 10
-"""Smaller frames are copied into the socket: cheaper than ZeroMQ's call back when it is done with a borrowed one"""
 
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -37,6 +40,7 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limit
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.MAXMSGSIZE, max(limits.frame_bytes, limits.header_bytes))
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
     return socket
 
 
@@ -45,14 +49,33 @@ async def terminate(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, context.term))
 
 
-def set_heartbeats(socket: zmq.Socket[bytes], interval_s: float, timeout_s: float) -> None:
-    """ZMTP's own heartbeats: they find connections that are dead below us.
+def watch_connections(socket: zmq.Socket[bytes], timeout_s: float) -> None:
+    """Let the kernel find connections that are dead below us: what ZeroMQ holds for them is then freed.
 
-    They also stop while a peer takes no messages, so they have twice our patience: what we notice, we can explain.
+    It has twice our patience: what our own heartbeats notice, we can explain. ZeroMQ's heartbeats are left off: when
+    the connection of a full socket breaks, the next one ends the process, with a failed assertion (libzmq issues 3937
+    and 4767).
     """
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(2 * timeout_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(2 * timeout_s * 1000)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, max(1, int(timeout_s)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, max(1, int(timeout_s / 3)))
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    socket.setsockopt(zmq.TCP_MAXRT, max(1000, int(2 * timeout_s * 1000)))
+
+
+def hang_up(frame: memoryview) -> bool:
+    """Close the connection on which a message of this frame just came; whether that could be done.
+
+    ZeroMQ has no call for it, but tells the connection's file descriptor. Were it closed and given to another since,
+    that one is closed, and comes back by itself.
+    """
+    try:
+        descriptor = os.dup(int(frame.obj.get(zmq.SRCFD)))  # type: ignore[attr-defined]  # of pyzmq's Frame
+        with Connection(fileno=descriptor) as connection:
+            connection.shutdown(SHUT_RDWR)
+    except OSError:  # it is gone already
+        return False
+    return True
 
 
 class Stream:
@@ -77,9 +100,10 @@ class Stream:
         self._scheduled = False
         self.closed = False
         self._loop.add_reader(self._fd, self._look)
-        self._look_soon()
+        self.look_soon()
 
-    def _look_soon(self) -> None:
+    def look_soon(self) -> None:
+        """At the end of this turn of the loop: read what came, and let waiting messages go on."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._look)
@@ -88,7 +112,7 @@ class Stream:
         self._scheduled = False
         try:
             if not self.closed and self.read(BURST) == BURST:
-                self._look_soon()
+                self.look_soon()
             if not self.closed:
                 self._on_room()
         except Exception as error:
@@ -119,12 +143,12 @@ class Stream:
         """
         if self.closed:
             raise ConnectionLost("the connection is closed")
-        self._look_soon()
+        self.look_soon()
         send, last = self.socket.send, len(frames) - 1
         try:
             for i, frame in enumerate(frames):
                 size = frame.nbytes if type(frame) is memoryview else len(frame)
-                send(frame, _LAST if i == last else _MORE, size < COPY_BELOW_BYTES, False)
+                send(frame, _LAST if i == last else _MORE, size < BORROW_FROM_BYTES, False)
         except zmq.Again:  # only ever raised for the first frame: ZeroMQ takes messages whole
             return False
         except zmq.ZMQError as error:
@@ -142,38 +166,60 @@ class Stream:
 
 
 class Outbox:
-    """Messages to one peer that wait for room, in order. Its users bound how many."""
+    """Messages to one peer, in order, until they are with ZeroMQ. Its users bound how many.
 
-    def __init__(self, send: Callable[[Sequence[Buffer]], bool]) -> None:
+    What is put within one turn of the loop leaves at its end, together: ZeroMQ's thread is then woken once and not for
+    each message, which costs more than the messages do.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Buffer]], bool],
+        flush_soon: Callable[[], None],
+        on_blocked: Callable[[int], None],
+    ) -> None:
+        """``flush_soon`` sees to it that ``flush`` is called; ``on_blocked`` hears how many more found no room."""
         self._send = send
+        self._flush_soon = flush_soon
+        self._on_blocked = on_blocked
         self._waiting: deque[tuple[Sequence[Buffer], asyncio.Future[None]]] = deque()
+        self._blocked = 0
+        """Of the first that wait, how many have found no room"""
         self._progress_at = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None] | None:
-        """``None`` when sent; otherwise a future that is done once sent. Cancelling the future takes it back.
-
-        Raises ``ConnectionLost``.
-        """
-        if not self._waiting and self._send(frames):
-            return None
+    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
+        """A future that is done once the message is sent, or failed. Cancelling it takes the message back."""
         if not self._waiting:
             self._progress_at = time.monotonic()
+            self._flush_soon()
         sent = asyncio.get_running_loop().create_future()
         self._waiting.append((frames, sent))
+        if self._blocked:
+            self._blocked += 1
+            self._on_blocked(1)
+        elif len(self._waiting) >= BURST:
+            self.flush()
         return sent
 
     def flush(self) -> None:
-        """Send what there is room for. Raises ``ConnectionLost``."""
+        """Send what there is room for; what is lost with the connection stays for ``fail``."""
         while self._waiting:
             frames, sent = self._waiting[0]
             if not sent.done():
-                if not self._send(frames):
+                try:
+                    has_room = self._send(frames)
+                except ConnectionLost:
+                    return  # whoever sends knows, and will see to the peer
+                if not has_room:
+                    self._on_blocked(len(self._waiting) - self._blocked)
+                    self._blocked = len(self._waiting)
                     return
                 sent.set_result(None)
             self._waiting.popleft()
+            self._blocked = max(0, self._blocked - 1)
             self._progress_at = time.monotonic()
 
     def blocked_s(self) -> float:
@@ -190,6 +236,7 @@ class Outbox:
 
     def fail(self, error: Exception) -> None:
         """Give up everything that waits; whoever waits for it gets ``error``."""
+        self._blocked = 0
         while self._waiting:
             _, sent = self._waiting.popleft()
             if not sent.done():

@@ -19,10 +19,13 @@ the next one. NCCL connects in the first broadcast, gloo while the group is form
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from slime_async.protocol import WeightGroupSpec, WeightManifest
+from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.transport.threads import in_daemon_thread
 
 logger = logging.getLogger(__name__)
@@ -207,6 +210,24 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Of the whole tensor's contents."""
+    return math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+
+
+def consecutive_parts(manifest: WeightManifest, limit_bytes: int) -> list[list[TensorSpec]]:
+    """The tensors in order, each part as large as the limit allows; one that is larger has a part for itself."""
+    parts: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in manifest.tensors:
+        if parts[-1] and size + tensor_bytes(spec) > limit_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(spec)
+        size += tensor_bytes(spec)
+    return parts
+
+
 def _connect(spec: WeightGroupSpec, rank: int) -> Any:
     """The backend's process group; the store and the group's constructor share ``spec.timeout_s``."""
     timeout = timedelta(seconds=spec.timeout_s)
@@ -221,8 +242,24 @@ def _connect(spec: WeightGroupSpec, rank: int) -> Any:
     if spec.backend == "gloo":
         return dist.ProcessGroupGloo(prefixed, rank, spec.world_size, left)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
+    options._timeout = 2 * timeout  # torch's watchdog only comes after our own deadline
+    with _peers_may_die():
+        return dist.ProcessGroupNCCL(prefixed, rank, spec.world_size, options)
+
+
+@contextmanager
+def _peers_may_die() -> Iterator[None]:
+    """Groups that are made inside break when a peer dies or is late; torch's default ends the whole process."""
+    name, clean_up_only = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+    before = os.environ.get(name)
+    os.environ[name] = clean_up_only
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _outcome(future: Future[T], spec: WeightGroupSpec, rank: int, what: str, timeout_s: float) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class ChatSession:
         self._parser = parser
         self._template = ChatTemplate(task.tokenizer, task.sampling.stop_token_ids)
         self._recorder = EpisodeRecorder()
-        self._known: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        self._known: dict[tuple[str, tuple[str, ...]], array[int]] = {}
         """(tools, signatures of messages) → the tokens behind them"""
         self._running: set[asyncio.Task[Turn]] = set()
         self.truncated: str | None = None
@@ -99,7 +100,7 @@ class ChatSession:
         self._recorder.add(turn)
         answer = parse_answer(self._task.answer_text(turn), self._parser if request.tools else None)
         said = (*signatures(request.messages), signature(answer.as_message()))
-        self._known[_tools_key(request), said] = [*turn.prompt_ids, *turn.output_ids]
+        self._known[_tools_key(request), said] = array("i", [*turn.prompt_ids, *turn.output_ids])
         return Choice(answer, turn)
 
     @property

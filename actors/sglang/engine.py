@@ -72,11 +72,14 @@ class SGLangEngine:
         weights: WeightId | None = None,
         startup_timeout_s: float = 600.0,
         stall_timeout_s: float = 120.0,
+        buffer_bytes: int = 8 << 30,
         api_key: str = "",
         admin_key: str = "",
         on_busy: BusySpan | None = None,
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
+
+        Weights come in calls of at most ``buffer_bytes``.
 
         Raises ``ValueError`` for checkpoints that name no vocabulary, and unless one of ``launch``, ``url`` is given.
         """
@@ -90,6 +93,7 @@ class SGLangEngine:
         self._keys = {"api_key": api_key, "admin_key": admin_key}
         self._weights = weights
         self._startup_timeout_s, self._stall_timeout_s = startup_timeout_s, stall_timeout_s
+        self._buffer_bytes = buffer_bytes
         self._on_busy = on_busy
         self._busy_since: int | None = None
         self._server: ServerProcess | None = None
@@ -134,7 +138,7 @@ class SGLangEngine:
         self._overlap = not info.get("disable_overlap_schedule", False)
         self._seeded = bool(info.get("enable_deterministic_inference", False))
         self.num_ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
-        self._updates = WeightUpdates(client, self._features, self._name)
+        self._updates = WeightUpdates(client, self._features, self._name, self._buffer_bytes)
         self._progress_at = time.monotonic()
         log.info("%s: SGLang %s at %s, %d ranks", self._name, self._features.version, client.url, self.num_ranks)
 
@@ -288,7 +292,8 @@ class SGLangEngine:
             try:
                 await self._abort_in_server(request_id)
             except EngineError as error:
-                log.warning("request %s was given up, but not taken back: %s", request_id, error)
+                if self._failure is None:  # else the server goes, and its requests with it
+                    log.warning("request %s was given up, but not taken back: %s", request_id, error)
 
         task = asyncio.create_task(abort(), name=f"abort {request_id}")
         self._background.add(task)

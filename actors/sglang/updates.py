@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import pickle
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from slime_async.actors.sglang.client import EngineRefused, SGLangClient
 from slime_async.actors.sglang.versions import Features
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.transport.shared_tensors import reduction
+from slime_async.transport.weight_group import consecutive_parts
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ class ServerStuck(EngineError):
 class WeightUpdates:
     """The weight group of one server. One call at a time."""
 
-    def __init__(self, client: SGLangClient, features: Features, name: str) -> None:
+    def __init__(self, client: SGLangClient, features: Features, name: str, call_bytes: int) -> None:
+        """``call_bytes``: at most so much of the weights in one call, as the server holds a call's whole."""
         self._client = client
+        self._call_bytes = call_bytes
         self._features = features
         self._name = name
         self._group = ""
@@ -73,13 +77,16 @@ class WeightUpdates:
         """
         if not self._group:
             raise EngineError(f"{self._name} is in no weight group: join one before receiving weights")
-        body = {
-            "names": [tensor.name for tensor in manifest.tensors],
-            "dtypes": [tensor.dtype for tensor in manifest.tensors],
-            "shapes": [list(tensor.shape) for tensor in manifest.tensors],
-            "group_name": self._group,
-        }
-        await self._update("/update_weights_from_distributed", body, label, flush=flush, timeout_s=self._timeout_s)
+        bodies = [
+            {
+                "names": [tensor.name for tensor in part],
+                "dtypes": [tensor.dtype for tensor in part],
+                "shapes": [list(tensor.shape) for tensor in part],
+                "group_name": self._group,
+            }
+            for part in consecutive_parts(manifest, self._call_bytes)
+        ]
+        await self._update("/update_weights_from_distributed", bodies, label, flush=flush, timeout_s=self._timeout_s)
 
     async def open_shared(
         self, manifest: WeightManifest, shared: Sequence[SharedTensor], label: str, *, flush: bool
@@ -90,15 +97,22 @@ class WeightUpdates:
         """
         named = [(spec.name, reduction(spec, tensor)) for spec, tensor in zip(manifest.tensors, shared, strict=True)]
         text = base64.b64encode(pickle.dumps(named)).decode()
-        body = {"serialized_named_tensors": [text]}
-        await self._update("/update_weights_from_tensor", body, label, flush=flush, timeout_s=OPEN_TIMEOUT_S)
+        bodies: list[dict[str, Any]] = [{"serialized_named_tensors": [text]}]
+        await self._update("/update_weights_from_tensor", bodies, label, flush=flush, timeout_s=OPEN_TIMEOUT_S)
 
-    async def _update(self, path: str, body: dict[str, Any], label: str, *, flush: bool, timeout_s: float) -> None:
-        body |= {"weight_version": label, "flush_cache": flush, "abort_all_requests": False}
+    async def _update(
+        self, path: str, bodies: Sequence[dict[str, Any]], label: str, *, flush: bool, timeout_s: float
+    ) -> None:
+        """One call for each body; with the last, the new weights get their name."""
+        last = {"weight_version": label, "flush_cache": flush}
+        deadline = time.monotonic() + timeout_s
         if self._features.sessions:
             await self._client.post("/begin_weight_update", {}, CONTROL_TIMEOUT_S)
         try:
-            await self._collective(path, body, timeout_s)
+            for i, body in enumerate(bodies, 1):
+                named = last if i == len(bodies) else {"flush_cache": False}
+                left_s = max(0.001, deadline - time.monotonic())  # 0 would be none
+                await self._collective(path, {**body, **named, "abort_all_requests": False}, left_s)
         except EngineRefused:
             if self._features.sessions:  # a session left open would refuse every later one
                 await self._client.post("/end_weight_update", {}, CONTROL_TIMEOUT_S)

@@ -12,8 +12,10 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
+
+from benchmarks.chaos.servers import halting_learner, server_faults
 
 Install = Callable[[int], None]
 
@@ -43,19 +45,17 @@ def learner_commit(times: int) -> None:
 
 
 def learner_broadcast(times: int) -> None:
-    """In the middle of a weight sync: half of the tensors are sent."""
+    """In the middle of a weight sync: ten tensors are sent."""
     from slime_async.transport.weight_group import WeightGroup
 
     send, passages = WeightGroup.send, itertools.count(1)
 
-    def aimed(group: WeightGroup, tensors: Iterable[Any]) -> None:
-        every = list(tensors)
-
+    def aimed(group: WeightGroup, tensors: Iterable[Any], unless: Sequence[Any] = ()) -> None:
         def half() -> Iterator[Any]:
-            yield from every[: len(every) // 2]
+            yield from itertools.islice(tensors, 10)
             die()
 
-        send(group, half() if next(passages) == times else iter(every))
+        send(group, half() if next(passages) == times else tensors, unless)
 
     WeightGroup.send = aimed  # type: ignore[method-assign, assignment]
 
@@ -85,8 +85,10 @@ def actor_delivery(times: int) -> None:
 def actor_receive(times: int) -> None:
     """During a weight sync: paused, and the others of the group already receive."""
     from slime_async.actors.embedded.engine import EmbeddedEngine
+    from slime_async.actors.sglang.engine import SGLangEngine
 
     before(EmbeddedEngine, "receive_weights", times)
+    before(SGLangEngine, "receive_weights", times)
 
 
 def hub_delivery(times: int) -> None:
@@ -124,6 +126,8 @@ POINTS: dict[str, Install] = {
     "actor_receive": actor_receive,
     "hub_delivery": hub_delivery,
     "hub_relay": hub_relay,
+    "server_faults": server_faults,
+    "halting_learner": halting_learner,
 }
 
 

@@ -13,11 +13,11 @@ from benchmarks.chaos.killer import Killer
 from benchmarks.chaos.recovery import Death, deaths_of
 from slime_async.audit import AuditReport, audit
 from slime_async.cli.audit import has_finished
-from slime_async.cli.launch import RoleCommand
+from slime_async.cli.launcher import Role, RoleCommand, role_of
 from slime_async.cli.prepare import prepare_model
 from slime_async.cli.roles import PROGRAM, plan_run
 from slime_async.cli.run_directory import JOURNAL, make_run_directory, write_config
-from slime_async.cli.supervise import Role, RunPlan, role_of
+from slime_async.cli.supervise import RunPlan
 from slime_async.cli.train import train
 from slime_async.config import Config, load_config
 from slime_async.telemetry.metrics import read_metrics
@@ -79,9 +79,9 @@ def aimed_at(plan: RunPlan, aims: Aims, lives: Counter[Role]) -> RunPlan:
         if life >= len(aims.get(role, ())):
             return command
         point, times = aims[role][life]
-        start = command.argv.index(PROGRAM[1])
-        argv = (*command.argv[:start], "benchmarks.chaos.aimed", point, str(times), *command.argv[start + 1 :])
-        return replace(command, argv=argv)
+        start = command.arguments.index(PROGRAM[1])
+        before, after = command.arguments[:start], command.arguments[start + 1 :]
+        return replace(command, arguments=(*before, "benchmarks.chaos.aimed", point, str(times), *after))
 
     return replace(
         plan,

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2, help="timed ones per cell")
     parser.add_argument("--budget-s", type=float, default=1500.0, help="no cell begins that could not end within this")
     parser.add_argument("--cell-s", type=float, default=120.0, help="deadline of one cell")
-    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cells whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "learner.json")
     parsed = parser.parse_args(arguments)
     if parsed.device == "cpu":
@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "checks": [],
         "cells": [],
     }
-    cells = [cell for cell in plan(parsed.shapes, memory_gb, parsed.tokens) if parsed.only in cell.name]
+    cells = [
+        cell for cell in plan(parsed.shapes, memory_gb, parsed.tokens) if any(part in cell.name for part in parsed.only)
+    ]
     print(f"{report['hardware']}; steps of {parsed.tokens} tokens", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         return measure(cells, parsed, report, Path(directory))

@@ -18,6 +18,7 @@ from benchmarks.learner.trainers import by_sequence
 from slime_async.learner.megatron.attention import groups_queries, variable_length_attention
 from slime_async.learner.megatron.fused import norm_and_rotate, swiglu
 from slime_async.learner.megatron.logprob import token_logprobs
+from slime_async.learner.megatron.weight_gradients import WeightGradients
 
 SLACK, FLOOR = 1.5, 1e-5
 LENGTHS = (513, 1, 300, 1024, 200, 10)
@@ -60,7 +61,7 @@ def run_checks(device: torch.device, dtype: torch.dtype) -> list[Check]:
         return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
     checks = [_attention(random, device, heads, groups) for heads, groups in ((8, 8), (8, 2))]
-    checks += [_norm_and_rotate(random, device), _swiglu(random)]
+    checks += [_norm_and_rotate(random, device), _swiglu(random), _weight_gradient(random)]
     checks += [_logprobs(random, device, keep) for keep in (False, True)]
     return checks
 
@@ -124,6 +125,17 @@ def _swiglu(random: Callable[..., Tensor]) -> Check:
         return [F.silu(gate) * up]
 
     return _compare("SwiGLU", lambda x: [swiglu(x)], plain, [random(256, 1, 1024)])
+
+
+def _weight_gradient(random: Callable[..., Tensor]) -> Check:
+    """Of two microbatches, in a buffer that takes their sum."""
+    inputs, grads = random(2, 1024, 256), random(2, 1024, 512)
+    exact = sum(g.double().t() @ x.double() for x, g in zip(inputs, grads, strict=True))
+    fused, plain = (torch.zeros(512, 256, device=inputs.device) for _ in range(2))
+    for x, grad in zip(inputs, grads, strict=True):
+        WeightGradients.wgrad_gemm_accum_fp32(x, grad, fused)
+        plain += grad.t() @ x
+    return Check("weight gradients in fp32", _error([fused], [exact]), _error([plain], [exact]))
 
 
 def _logprobs(random: Callable[..., Tensor], device: torch.device, keep_logits: bool) -> Check:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from slime_async.learner.megatron import weight_gradients
+
 SUPPORTED_VERSION = "0.16.1"
 """The release whose internals this module was written against; a test holds it."""
 
@@ -102,7 +104,9 @@ _CPU_TORCH = _torch_without_cuda()
 def install() -> None:
     """Prepare the ``megatron.core`` modules that are loaded now; call again after importing more of them."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import layers
 
+    weight_gradients.install(layers)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_without_transformer_engine(distrib_optimizer.DistributedOptimizer)
         optimizer.clip_grad_by_total_norm_fp32 = _clip_by_total_norm

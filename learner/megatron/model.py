@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from slime_async.config.schema import Config
-from slime_async.learner.megatron import compat
+from slime_async.learner.megatron import compat, weight_gradients
 from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.attention import has_varlen_kernel
 from slime_async.learner.megatron.gpt import PackedGPT, build_chunks
@@ -148,7 +148,7 @@ def transformer_config(model: Architecture, options: MegatronOptions, dtype: tor
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": weight_gradients.available(),
         "use_cpu_initialization": not torch.cuda.is_available(),
         "variable_seq_lengths": True,  # packed batches differ in length, and pipeline stages must learn of it
         "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths

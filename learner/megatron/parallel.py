@@ -50,6 +50,15 @@ def initialize(layout: Layout, seed: int) -> torch.device:
     return device
 
 
+def data_parallel_leaders(device: torch.device) -> list[int]:
+    """The first global rank of each data-parallel rank, in order. A collective."""
+    mine = torch.tensor([parallel_state.get_data_parallel_rank()], dtype=torch.int64, device=device)
+    all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_ranks, mine)
+    numbers = [int(number) for number in all_ranks]
+    return [numbers.index(number) for number in range(parallel_state.get_data_parallel_world_size())]
+
+
 def shut_down() -> None:
     """Leave all groups; the process may initialise again afterwards."""
     parallel_state.destroy_model_parallel()

@@ -7,15 +7,22 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from slime_async.cli.flags import add_config_flags, overrides
-from slime_async.config import Config, load_config
+from slime_async.cli.launcher import Role
+from slime_async.config import Config, ConfigError, load_config
 from slime_async.guard import GUARDED, die_with_parent
+from slime_async.telemetry.logs import log_to_stderr
+from slime_async.telemetry.process import PROCESS
 from slime_async.telemetry.warnings import record_warnings
 
+HUB_ADDRESS = "hub.address"
+"""In a run's directory: where its hub listens"""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT"""
 
@@ -35,7 +42,22 @@ def add_role_arguments(parser: argparse.ArgumentParser, needs_hub: bool = True) 
         "--run-directory", metavar="DIR", type=Path, required=True, help="where this role writes logs and metrics"
     )
     if needs_hub:
-        parser.add_argument("--hub", metavar="ADDRESS", required=True, help="the hub's address, tcp://HOST:PORT")
+        parser.add_argument(
+            "--hub",
+            metavar="ADDRESS",
+            help="the hub's address, tcp://HOST:PORT [what DIR/hub.address says]",
+        )
+
+
+def hub_of(parsed: argparse.Namespace) -> str:
+    """The hub's address, as given or as it wrote it down. Raises ``ConfigError``."""
+    if parsed.hub is not None:
+        return str(parsed.hub)
+    file = parsed.run_directory / HUB_ADDRESS
+    try:
+        return str(file.read_text().strip())
+    except OSError:
+        raise ConfigError(f"no {file}: the hub writes it when it listens; or give --hub tcp://HOST:PORT") from None
 
 
 def config_of(parsed: argparse.Namespace) -> Config:
@@ -43,24 +65,34 @@ def config_of(parsed: argparse.Namespace) -> Config:
     return load_config(parsed.config, overrides(parsed))
 
 
-def begin_role(name: str, run_directory: Path) -> None:
-    """Log to stderr, warnings to the events, too; end on SIGTERM through ``finally``; never outlive the launcher."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
+@contextmanager
+def role(config: Config, kind: Role, name: str, run_directory: Path) -> Iterator[None]:
+    """A role's process, from begin to end: it logs, warns, serves its numbers, and never outlives its launcher.
+
+    It ends on SIGTERM through ``finally``, until it has its own way of leaving. Raises ``ConfigError``.
+    """
+    from slime_async.telemetry.prometheus import served
+    from slime_async.transport.observer import SAMPLED
+
+    PROCESS.begin(kind, name)
+    log_to_stderr(PROCESS, config.loggers.format)
     record_warnings(run_directory, name)
     signal.signal(signal.SIGTERM, _leave)
     if os.environ.get(GUARDED):
         die_with_parent()
+    with served(config.loggers, PROCESS, run_directory, SAMPLED):
+        yield
 
 
-def leave_at_once() -> None:
-    """End this process with code 0 without the interpreter's own shutdown, once everything is written and closed.
+def leave_at_once(exit_code: int = 0) -> NoReturn:
+    """End this process without the interpreter's own shutdown, once everything is written and closed.
 
     That shutdown joins threads that native code may still hold, which has been seen to take a collective's timeout.
     """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_code)
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

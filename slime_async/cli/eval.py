@@ -11,10 +11,11 @@ from slime_async.cli.bars import progress
 from slime_async.cli.common import config_of
 from slime_async.cli.flags import add_config_flags
 from slime_async.config import Config, ConfigError
+from slime_async.evaluation import EvaluationStatistics
 from slime_async.trajectory import WeightId
 
 if TYPE_CHECKING:
-    from slime_async.actors.evaluate import EvaluationSummary
+    from slime_async.protocol import EvaluationResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +42,26 @@ def run(parsed: argparse.Namespace) -> int:
         raise ConfigError(f"--tasks {tasks}: must be at least 1")
     for source in sources if parsed.source is None else [parsed.source]:
         result = evaluate(config, parsed.checkpoint, source, tasks)
-        print(f"{source}: accuracy {result.accuracy:.4f} on {result.tasks} tasks, {result.failed} of them failed")
+        print(result_line(result, config.evaluation.samples))
     return 0
 
 
-def evaluate(config: Config, checkpoint: Path, source: str, tasks: int) -> EvaluationSummary:
+def result_line(result: EvaluationResult, samples: int) -> str:
+    """What came out, and how far it can be trusted."""
+    statistics = EvaluationStatistics.of(result, samples)
+    several = [f"pass@{k} {value:.4f}" for k, value in statistics.pass_at.items() if k > 1]
+    parts = [
+        f"{result.name}: accuracy {statistics.accuracy:.4f} ({statistics.accuracy_low:.4f} to "
+        f"{statistics.accuracy_high:.4f})",
+        *several,
+        f"mean reward {statistics.reward_mean:.4f}",
+        f"{result.tasks} tasks" + (f", {samples} answers each" if several else ""),
+        f"{result.failed} failed",
+    ]
+    return ", ".join(parts)
+
+
+def evaluate(config: Config, checkpoint: Path, source: str, tasks: int) -> EvaluationResult:
     """Play the first ``tasks`` tasks of ``source`` with the weights in ``checkpoint``."""
     from slime_async.actors.embedded.engine import EmbeddedEngine
     from slime_async.actors.evaluate import evaluate_checkpoint

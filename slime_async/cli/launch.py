@@ -1,58 +1,84 @@
-"""What every launcher offers to the supervisor: start a role's command, tell when it ends, stop everything."""
+"""``slime-async launch slurm``: write a job script for a run, or for actors that join one, and submit it.
+
+The script ends in the run's directory, beside everything else; ``--dry-run`` only writes it.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import argparse
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
-USER_ERROR = 2
-"""Exit code of a process that was asked for something impossible; starting it again would not help"""
-
-CONSEQUENCE = 75
-"""Exit code of a process that ends because another one failed: whose failure it was shows soon, by its own exit"""
-
-
-@dataclass(frozen=True, slots=True)
-class RoleCommand:
-    """One process to run: ``name`` is unique in the run and names its log."""
-
-    name: str
-    argv: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Over the environment of the launcher"""
+from slime_async.cli.common import add_config_argument, config_of
+from slime_async.cli.flags import overrides
+from slime_async.cli.launch_slurm import slurm_command
+from slime_async.cli.run_directory import make_run_directory, open_run_directory
+from slime_async.cli.slurm_job import actors_script, run_script
+from slime_async.cli.train import check_modules
+from slime_async.config import Config, ConfigError, dump_toml, load_config
+from slime_async.telemetry.loggers import check_extras
 
 
-class RoleProcess(Protocol):
-    """A started role."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def log(self) -> Path:
-        """Its stdout and stderr"""
-
-    async def wait(self) -> int:
-        """Its exit code, negative for the signal that killed it; nothing that it started is left by then."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scheduler", metavar="slurm", choices=["slurm"], help="which scheduler gets the job")
+    add_config_argument(parser, optional=True)
+    parser.add_argument(
+        "--run-directory", metavar="DIR", type=Path, help="of the run, on a disk that all nodes share [made anew]"
+    )
+    parser.add_argument("--join", metavar="RUN", type=Path, help="in place of CONFIG: actors for the run there")
+    parser.add_argument("--actors", metavar="N", type=int, default=1, help="with --join: how many [1]")
+    parser.add_argument("--dry-run", action="store_true", help="write the script, and say how to submit it")
 
 
-class Launcher(Protocol):
-    """Where roles run. Every started process ends with ``stop``, or with the death of the launcher."""
+def run(parsed: argparse.Namespace) -> int:
+    if (parsed.config is None) == (parsed.join is None):
+        raise ConfigError("give a configuration, or --join RUN for further actors of a run")
+    script = joining(parsed) if parsed.join is not None else beginning(parsed)
+    print(f"job script: {script}", flush=True)
+    if parsed.dry_run:
+        print(f"submit it with: sbatch {script}")
+        return 0
+    print(slurm_command(("sbatch", str(script))).strip())
+    return 0
 
-    async def start(self, command: RoleCommand) -> RoleProcess: ...
 
-    async def stop(self) -> None:
-        """End everything that runs: politely, then by force. Returns once nothing is left."""
+def beginning(parsed: argparse.Namespace) -> Path:
+    """Write the run's directory with its job script."""
+    config = config_of(parsed)
+    check_modules(config)
+    check_extras(config)
+    check_requeue(config)
+    if parsed.run_directory is None:
+        directory = make_run_directory(config, datetime.now()).resolve()
+    else:
+        directory = open_run_directory(parsed.run_directory)
+    file = directory / "slurm.toml"
+    file.write_text(dump_toml(config), encoding="utf-8")
+    script = directory / "slurm.sh"
+    script.write_text(run_script(config, file, directory), encoding="utf-8")
+    print(f"run directory: {directory}")
+    return script
 
 
-def describe_exit(code: int) -> str:
-    """``exited with code 3`` or ``was killed by SIGKILL``."""
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+def joining(parsed: argparse.Namespace) -> Path:
+    """Write a job script for actors beside those of a run."""
+    directory = parsed.join.resolve()
+    if not (directory / "config.toml").is_file():
+        raise ConfigError(f"--join {parsed.join}: there is no {directory / 'config.toml'}; give a run's directory")
+    if parsed.actors < 1:
+        raise ConfigError(f"--actors {parsed.actors}: give 1 or more")
+    config = load_config(directory / "config.toml", overrides(parsed))
+    script: Path = directory / "slurm-actors.sh"
+    script.write_text(actors_script(config, directory, parsed.actors), encoding="utf-8")
+    return script
+
+
+def check_requeue(config: Config) -> None:
+    """Raise ``ConfigError`` when a requeued job would have nothing to go on from."""
+    if not config.checkpoint.interval_steps:
+        raise ConfigError(
+            "checkpoint.interval_steps = 0: a job that is requeued would have nothing to go on from; set it, to 20 for "
+            "example"
+        )
+    if not config.hub.journal:
+        raise ConfigError("hub.journal = false: a job that is requeued would have lost its queue; leave it on")

@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from slime_async.cli.launch import RoleCommand
+from slime_async.cli.launcher import RoleCommand, torchrun
 from slime_async.guard import GUARDED, guarded
 
 TERM_GRACE_S = 2.0
@@ -41,6 +43,10 @@ class LocalProcess:
     async def wait(self) -> int:
         return await asyncio.shield(self._exit)
 
+    async def leave(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)  # itself, not what it started and still needs
+
     def signal(self, number: signal.Signals) -> None:
         """Signal the whole group, which may be gone already."""
         with contextlib.suppress(ProcessLookupError):
@@ -61,11 +67,15 @@ class LocalLauncher:
 
     async def start(self, command: RoleCommand) -> LocalProcess:
         """Start one role. Must be called from the main thread: children die with the thread that started them."""
+        return await self.run(command, (sys.executable, *torchrun(command.ranks), *command.arguments))
+
+    async def run(self, command: RoleCommand, argv: Sequence[str]) -> LocalProcess:
+        """Start ``argv`` in the role's name and environment."""
         self._log_directory.mkdir(parents=True, exist_ok=True)
         log = self._log_directory / f"{command.name}.log"
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                *guarded(command.argv),
+                *guarded(argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,

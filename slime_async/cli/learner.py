@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from slime_async.cli.common import add_role_arguments, begin_role, config_of, leave_at_once
+from slime_async.cli.common import add_role_arguments, config_of, hub_of, leave_at_once, role
 from slime_async.config import ConfigError
 
 
@@ -21,13 +21,13 @@ def run(parsed: argparse.Namespace) -> int:
             f"learner.ranks = {config.learner.ranks}, but this is one of {started}: start it with "
             f"torchrun --nproc-per-node {config.learner.ranks} -m slime_async.cli.main learner …"
         )
-    begin_role(f"learner-{os.environ['RANK']}" if started > 1 else "learner", parsed.run_directory)
-    from slime_async.learner.checkpoint.directory import CheckpointError
-    from slime_async.learner.role import run_learner
+    name = f"learner-{os.environ['RANK']}" if started > 1 else "learner"
+    with role(config, "learner", name, parsed.run_directory):
+        from slime_async.learner.checkpoint.directory import CheckpointError
+        from slime_async.learner.role import run_learner
 
-    try:
-        run_learner(config, parsed.hub, parsed.run_directory)
-    except CheckpointError as error:  # a full disk, another model: starting again would not help
-        raise ConfigError(str(error)) from error
+        try:
+            run_learner(config, hub_of(parsed), parsed.run_directory)
+        except CheckpointError as error:  # a full disk, another model: starting again would not help
+            raise ConfigError(str(error)) from error
     leave_at_once()  # a rank that has finished must not wait for native threads of collectives
-    return 0

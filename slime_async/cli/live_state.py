@@ -135,4 +135,7 @@ class LiveState:
                 text = f"died with exit code {event.get('exit_code')}"
                 self.warnings.append({"who": event.get("process"), "text": text, "at_s": event["time_s"]})
             case "evaluation":
-                self.accuracy[str(event.get("name"))] = float(event["accuracy"])
+                name = str(event.get("name"))
+                for older in [known for known in self.accuracy if known.startswith(name.rstrip("0123456789"))]:
+                    del self.accuracy[older]  # of those on schedule, the latest
+                self.accuracy[name] = float(event["accuracy"])

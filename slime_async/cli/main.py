@@ -13,17 +13,23 @@ from collections.abc import Sequence
 from slime_async import __version__
 from slime_async.cli.common import INTERRUPTED
 from slime_async.cli.flags import FlagParser
-from slime_async.cli.launch import USER_ERROR
+from slime_async.cli.launcher import USER_ERROR
 from slime_async.config import ConfigError
 
 TITLE = "Fully asynchronous off-policy RL post-training of language models"
 COMMANDS = {
-    "train": "start hub, actors and learner here, and train until run.steps",
+    "train": "start hub, actors and learner, here or on a cluster, and train until run.steps",
+    "launch": "submit a run to a cluster's scheduler",
+    "scale": "another number of actors for a running job",
+    "top": "a running job's roles, rates, staleness, queue and last errors",
     "check-task": "play a task's episodes on a random engine, and say what would spoil training",
     "eval": "held-out accuracy of a checkpoint",
     "audit": "prove from a run's journal and metrics that nothing was lost and nothing trained twice",
     "doctor": "what on this machine will not work, and what to do about it",
     "report": "a run, or several compared, as one HTML file",
+    "bench": "synchronous against asynchronous training on the same devices",
+    "simulate": "a cluster in virtual time, with the real admission and queue code",
+    "plan": "how to split a cluster between actors and learner",
     "hub": "one role: the queue, which the others connect to",
     "actor": "one role: generates trajectories",
     "learner": "one role: trains and publishes weights (one process per rank)",

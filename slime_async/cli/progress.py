@@ -54,7 +54,7 @@ class TokenRate:
         return new / elapsed if elapsed else None
 
 
-def progress_line(status: RunStatus, max_staleness: int, generated_tokens_per_s: float | None) -> str:
+def progress_line(status: RunStatus, max_staleness: int | None, generated_tokens_per_s: float | None) -> str:
     """What to show of this moment."""
     actors = [peer for peer in status.peers if peer.role == "actor"]
     learner = next((peer.report for peer in status.peers if peer.role == "learner"), None)
@@ -69,9 +69,10 @@ def progress_line(status: RunStatus, max_staleness: int, generated_tokens_per_s:
         f"reward {_number(learner, 'reward_mean', '.3f')}",
         f"generate {_rate(generated_tokens_per_s)}, train {_rate(learner.get('learner_tokens_per_s'))}",
         f"staleness {_number(learner, 'staleness_mean', '.2f')} max {_number(learner, 'staleness_max', '.0f')}"
-        f"/{max_staleness}",
+        + ("" if max_staleness is None else f"/{max_staleness}"),
         f"queue {queue.get('held', 0)}/{queue.get('held_limit', '?')}",
         who_waits(learner, queue, actors),
+        *([f"{failures} episodes failed"] if (failures := queue.get("failures")) else []),
     ]
     return " | ".join(parts)
 

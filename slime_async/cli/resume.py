@@ -1,4 +1,8 @@
-"""``slime-async train --resume RUN``: an earlier run goes on in its own directory, from its latest checkpoint."""
+"""``slime-async train --resume RUN``: an earlier run goes on in its own directory, from its latest checkpoint.
+
+One that was ended before its first checkpoint begins with the model's weights again, and trains on the batches that its
+journal has.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,12 @@ def resumed_config(run: Path, flags: Mapping[Key, Any]) -> Config:
         latest = CheckpointDirectory(run / "checkpoints").latest()
     except CheckpointError as error:
         raise ConfigError(f"--resume {run}: {error}") from None
-    if latest is None:
+    if latest is None and not config.checkpoint.interval_steps:
         raise ConfigError(
             f"--resume {run}: it has no checkpoint yet (checkpoint.interval_steps = {config.checkpoint.interval_steps})"
             f"; begin anew with slime-async train {file}"
         )
-    if latest > config.run.steps or (latest == config.run.steps and _is_finished(run)):
+    if latest is not None and (latest > config.run.steps or (latest == config.run.steps and is_finished(run))):
         raise ConfigError(
             f"--resume {run}: all of run.steps = {config.run.steps} are trained; --run.steps {latest * 2} would go on"
         )
@@ -46,7 +50,7 @@ def resumed_config(run: Path, flags: Mapping[Key, Any]) -> Config:
     return config
 
 
-def _is_finished(run: Path) -> bool:
+def is_finished(run: Path) -> bool:
     """Whether a launcher saw its end, with evaluation and export."""
     summary = run / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["outcome"] == "finished"

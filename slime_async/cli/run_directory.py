@@ -46,9 +46,23 @@ def make_run_directory(config: Config, now: datetime) -> Path:
             text = f"run.directory = {str(config.run.directory)!r} cannot be written: {error.strerror}"
             raise ConfigError(text) from None
         break
-    for name in ("logs", "spans", "checkpoints"):
-        (run / name).mkdir()
+    _make_folders(run)
     return run
+
+
+def open_run_directory(run: Path) -> Path:
+    """Make this very directory, if need be, and give its absolute path. Raises ``ConfigError``."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _make_folders(run)
+    except OSError as error:
+        raise ConfigError(f"--run-directory {run} cannot be written: {error.strerror}") from None
+    return run.resolve()
+
+
+def _make_folders(run: Path) -> None:
+    for name in ("logs", "spans", "checkpoints"):
+        (run / name).mkdir(exist_ok=True)
 
 
 def write_config(config: Config, run: Path) -> None:
@@ -65,3 +79,12 @@ def owned(run: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"another launcher runs in {run}: wait for its end, or stop it") from None
         yield
+
+
+def is_owned(run: Path) -> bool:
+    """Whether a launcher runs in this directory now."""
+    try:
+        with owned(run):
+            return False
+    except ConfigError:
+        return True

@@ -9,28 +9,42 @@ actor        the learner must follow    started again
 ===========  =========================  =======================================================================
 
 Each is started again under a new name, ``max_restarts`` times per role in all; then, or at once when it says that the
-user must change something, the run failed.
+user must change something, the run failed. An actor that left because its scheduler told it to is replaced, and not
+counted. How many actors there are may change while it runs: the newest are asked to leave, and are not missed; new ones
+take the places that are free.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Literal
 
-from slime_async.cli.launch import CONSEQUENCE, USER_ERROR, Launcher, RoleCommand, RoleProcess, describe_exit
+from slime_async.cli.launcher import (
+    CONSEQUENCE,
+    LEFT,
+    USER_ERROR,
+    Launcher,
+    Role,
+    RoleCommand,
+    RoleProcess,
+    describe_exit,
+    place_of,
+    role_of,
+)
 from slime_async.logs import log_tail
 from slime_async.protocol import Scalar
 from slime_async.telemetry.events import EventName
 
-Role = Literal["hub", "learner", "actor"]
-
 HUB_START_TIMEOUT_S = 60.0
 """Python and ZeroMQ come up in a second or two; more means a very slow disk"""
 READY_POLL_S = 0.05
+SCALE_POLL_S = 1.0
+"""How soon another number of actors is noticed"""
 FOLLOW_TIMEOUT_S = 60.0
 """From the first clean exit to the learner's, which may still write a checkpoint"""
 CAUSE_TIMEOUT_S = 10.0
@@ -76,10 +90,18 @@ class Supervisor:
         launcher: Launcher,
         plan: RunPlan,
         on_event: Callable[[EventName, Mapping[str, Scalar]], None],
+        wanted_actors: Callable[[], int | None] = lambda: None,
     ) -> None:
+        """``wanted_actors`` is asked again and again while the run goes on; None leaves them as they are."""
         self._launcher = launcher
         self._plan = plan
         self._on_event = on_event
+        self._wanted_actors = wanted_actors
+        self._actors: list[str] = []
+        """Places of those that shall run, the oldest first"""
+        self._all_started = False
+        """Whether all of the plan has been started"""
+        self._leaving: set[str] = set()
         self._exits: dict[asyncio.Task[int], RoleProcess] = {}
         self._lives: dict[str, int] = {}
         self._restarts: Counter[Role] = Counter()
@@ -90,8 +112,8 @@ class Supervisor:
         self._plan.ready_file.unlink(missing_ok=True)  # a run that is resumed has one of its last hub
         await self._start(self._plan.hub("", "hub"))
         self.address = await self._hub_address()
-        for index in range(self._plan.actors):
-            await self._start(self._plan.actor(self.address, f"actor-{index}"))
+        for _ in range(self._plan.actors):
+            await self._add_actor()
         await self._start(self._plan.learner(self.address, "learner"))
         return self.address
 
@@ -99,14 +121,20 @@ class Supervisor:
         """Until the learner is done and the others have left. Raises ``RunError``; call ``stop`` in any case."""
         deadline: float | None = None
         loop = asyncio.get_running_loop()
+        self._all_started = True
         while True:
-            patience = None if deadline is None else max(0.0, deadline - loop.time())
+            if deadline is None:
+                await self._scale()
+            patience = SCALE_POLL_S if deadline is None else max(0.0, deadline - loop.time())
             done, _ = await asyncio.wait(self._exits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
+            if not done and deadline is not None:
                 raise RunError("the others left, but the learner is still there: stopping it")
             for task in sorted(done, key=lambda task: _rank(self._exits[task].name)):
                 process, code = self._exits.pop(task), task.result()
-                if code == CONSEQUENCE:
+                if (place := place_of(process.name)) in self._leaving:
+                    self._leaving.remove(place)
+                    self._on_event("role_left", {"role": "actor", "process": process.name, "exit_code": code})
+                elif code == CONSEQUENCE:
                     deadline = deadline or loop.time() + CAUSE_TIMEOUT_S
                 elif code:
                     await self._survive(process, code)
@@ -121,6 +149,33 @@ class Supervisor:
         await self._launcher.stop()
         for task in self._exits:
             task.cancel()
+
+    async def _scale(self) -> None:
+        """Bring the number of actors to what is wanted; who leaves is not waited for."""
+        wanted = self._wanted_actors()
+        if wanted is None:
+            return
+        while len(self._actors) < wanted:
+            await self._add_actor()
+        while len(self._actors) > wanted:
+            place = self._actors.pop()
+            self._leaving.add(place)
+            for process in self._exits.values():
+                if place_of(process.name) == place:
+                    self._on_event("role_leaving", {"role": "actor", "process": process.name})
+                    await process.leave()
+
+    async def _add_actor(self) -> None:
+        place = next(p for p in map("actor-{}".format, count()) if p not in self._leaving and p not in self._actors)
+        self._actors.append(place)
+        name = place
+        if place in self._lives:  # somebody had this place, and has left it
+            self._lives[place] += 1
+            name = f"{place}.{self._lives[place]}"
+        self._lives.setdefault(place, 0)
+        if self._all_started:
+            self._on_event("role_added", {"role": "actor", "process": name})
+        await self._start(self._plan.actor(self.address, name))
 
     async def _start(self, command: RoleCommand) -> None:
         process = await self._launcher.start(command)
@@ -150,13 +205,14 @@ class Supervisor:
                 await asyncio.wait(self._exits, timeout=AFTERMATH_S, return_when=asyncio.ALL_COMPLETED)
             raise self._failure(process, code)
         self._on_event("role_died", {"role": role, "process": process.name, "exit_code": code})
-        if restarts == allowed:
+        preempted = role == "actor" and code in (LEFT, -signal.SIGTERM)
+        if restarts == allowed and not preempted:
             raise self._failure(process, code, f", and all {restarts} of {role}.max_restarts are used up")
-        self._restarts[role] += 1
-        place = process.name.partition(".")[0]
+        self._restarts[role] += not preempted
+        place = place_of(process.name)
         self._lives[place] = self._lives.get(place, 0) + 1
         name = f"{place}.{self._lives[place]}"
-        self._on_event("role_restarted", {"role": role, "process": name, "restarts": restarts + 1})
+        self._on_event("role_restarted", {"role": role, "process": name, "restarts": self._restarts[role]})
         command = {"hub": self._plan.hub, "learner": self._plan.learner, "actor": self._plan.actor}[role]
         await self._start(command(self.address, name))
 
@@ -171,13 +227,6 @@ class Supervisor:
         fallen = [f"{other.name} {describe_exit(task.result())}" for task, other in self._exits.items() if task.done()]
         also = f" (then {', '.join(fallen)})" if fallen else ""
         return RunError(_with_log(f"{process.name} {describe_exit(code)}{addition}{also}", process.log))
-
-
-def role_of(name: str) -> Role:
-    """``learner.2`` is the learner in its third life, ``actor-1.1`` actor 1 in its second."""
-    if name.startswith("actor-"):
-        return "actor"
-    return "hub" if name.partition(".")[0] == "hub" else "learner"
 
 
 def _rank(name: str) -> int:

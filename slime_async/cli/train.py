@@ -1,4 +1,4 @@
-"""``slime-async train``: hub, actors and learner on this machine, watched until the last step."""
+"""``slime-async train``: hub, actors and learner, on this machine or a cluster's, watched until the last step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.flags import overrides
-from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.launchers import LAUNCHERS, MakeLauncher, listening_address, make_local, maker_of, with_keys
 from slime_async.cli.observe import observe
 from slime_async.cli.prepare import prepare_model
 from slime_async.cli.result import print_summary
-from slime_async.cli.resume import resumed_config
+from slime_async.cli.resume import is_finished, resumed_config
 from slime_async.cli.roles import plan_run
-from slime_async.cli.run_directory import make_run_directory, owned, write_config
+from slime_async.cli.run_directory import make_run_directory, open_run_directory, owned, write_config
+from slime_async.cli.scale import asked, forget
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
 from slime_async.config.checks import function_paths
@@ -44,6 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of CONFIG: go on with the run in this directory, from its latest checkpoint",
     )
     parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="local",
+        help="what starts the roles: this machine, the Slurm job that this runs in, or the Ray cluster of RAY_ADDRESS",
+    )
+    parser.add_argument(
+        "--run-directory",
+        metavar="DIR",
+        type=Path,
+        help="begin in this directory, or go on with the run that is there [a new one below run.directory]",
+    )
+    parser.add_argument(
         "--control",
         action="store_true",
         help="also report what as many supervised steps reach without RL (sets warm_start.control-steps to run.steps)",
@@ -64,10 +77,15 @@ def run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
     if parsed.control:
         config = with_control(config)
+    if parsed.run_directory is not None and (parsed.run_directory / "config.toml").is_file():
+        return go_on(parsed, parsed.run_directory)
     check_modules(config)
     check_extras(config)
     check_servers(config)
-    directory = make_run_directory(config, datetime.now())
+    if parsed.run_directory is not None:
+        directory = open_run_directory(parsed.run_directory)
+    else:
+        directory = make_run_directory(config, datetime.now())
     print(f"run directory: {directory}", flush=True)
     with owned(directory):
         if parsed.dry_run:
@@ -75,28 +93,49 @@ def run(parsed: argparse.Namespace) -> int:
 
             config = shrink(config, directory)
         config = prepare_model(config, directory)
-        write_config(config, directory)
-        write_environment(directory)
-        code = train(config, directory, plan_run(config, directory))
+        code = begin(config, directory, parsed)
     if parsed.dry_run and not code:
         print("the dry run went through: task, model, training and weight updates fit together")
     return code
 
 
 def resume(parsed: argparse.Namespace) -> int:
-    """Go on with a run; what flags changed is written into its configuration."""
-    if parsed.config is not None or parsed.control or parsed.dry_run:
+    """``--resume RUN``"""
+    others = {"--control": parsed.control, "--dry-run": parsed.dry_run, "--run-directory": parsed.run_directory}
+    superfluous = (
+        [str(parsed.config)] if parsed.config is not None else [name for name, is_set in others.items() if is_set]
+    )
+    if superfluous:
         raise ConfigError(
-            f"--resume {parsed.resume} goes on with that run's own configuration: leave "
-            f"{'--control' if parsed.config is None else parsed.config} out"
+            f"--resume {parsed.resume} goes on with that run's own configuration: leave {' and '.join(superfluous)} out"
         )
-    directory = parsed.resume
+    return go_on(parsed, parsed.resume)
+
+
+def go_on(parsed: argparse.Namespace, directory: Path) -> int:
+    """Go on with a run; what flags changed is written into its configuration."""
+    if parsed.run_directory is not None and is_finished(directory):
+        print(f"the run in {directory} has finished: nothing to do", flush=True)
+        return 0
     config = resumed_config(directory, overrides(parsed))
     check_modules(config)
     check_extras(config)
+    check_servers(config)
     with owned(directory):
-        write_config(config, directory)
-        return train(config, directory, plan_run(config, directory))
+        return begin(config, directory, parsed)
+
+
+def begin(config: Config, directory: Path, parsed: argparse.Namespace) -> int:
+    """Start a run, or one more attempt at it, in its own directory, whose ``config.toml`` says that it has begun."""
+    forget(directory)
+    listen = ""
+    if parsed.launcher != "local":
+        directory, listen = directory.resolve(), listening_address(config)
+        config = with_keys(config, directory)
+    if not (directory / "environment.json").exists():
+        write_environment(directory)
+    write_config(config, directory)
+    return train(config, directory, plan_run(config, directory, listen), make_launcher=maker_of(parsed.launcher))
 
 
 def with_control(config: Config) -> Config:
@@ -126,12 +165,19 @@ def check_servers(config: Config) -> None:
         check_engines(config)
 
 
-def train(config: Config, directory: Path, plan: RunPlan, watch: Watch = observe) -> int:
+def train(
+    config: Config,
+    directory: Path,
+    plan: RunPlan,
+    watch: Watch = observe,
+    make_launcher: MakeLauncher = make_local,
+) -> int:
     """Run a plan to its end, whatever that is; returns the exit code. Writes events and the summary."""
+    launcher = make_launcher(config, directory)
     events = EventLog(directory / "events.jsonl")
     events.write("run_started", staleness_bound=config.staleness.max_staleness)
     exit_code, outcome, reason = 0, "finished", ""
-    supervisor = Supervisor(LocalLauncher(directory / "logs"), plan, partial(_record, events))
+    supervisor = Supervisor(launcher, plan, partial(_record, events), partial(asked, directory))
     try:
         stopped_by = asyncio.run(_until_stopped(_supervise(supervisor, partial(watch, config, directory)), supervisor))
         if stopped_by is not None:

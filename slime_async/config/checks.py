@@ -22,6 +22,7 @@ def complaints(config: Config) -> list[str]:
         *_engines(config),
         *_training(config),
         *_hub(config),
+        *_cluster(config),
     ]
 
 
@@ -125,6 +126,11 @@ def _engines(config: Config) -> Iterator[str]:
     for url in actor.engine_urls:
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):
             yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
+    if actor.engine_urls and (idle := config.sglang.keys() - {"api_key", "admin_api_key"}):
+        yield (
+            f"[sglang] sets {', '.join(sorted(idle))}, but the servers of actor.engine_urls are started elsewhere: "
+            "give it to them there; api_key and admin_api_key belong here"
+        )
     if actor.engine_urls and actor.count > 1:
         yield (
             f"actor.engine_urls are the engines of one actor, but actor.count = {actor.count}: use 1, or start actors "
@@ -176,4 +182,13 @@ def _hub(config: Config) -> Iterator[str]:
             f"hub.heartbeat_timeout_s = {hub.heartbeat_timeout_s} with hub.heartbeat_interval_s = "
             f"{hub.heartbeat_interval_s} takes one late heartbeat for a death: use more than "
             f"{2 * hub.heartbeat_interval_s}"
+        )
+
+
+def _cluster(config: Config) -> Iterator[str]:
+    ranks, per_node = config.learner.ranks, config.cluster.learner_ranks_per_node
+    if per_node is not None and ranks % per_node:
+        yield (
+            f"learner.ranks = {ranks} does not fill machines of cluster.learner_ranks_per_node = {per_node}: use a "
+            "multiple, or fewer on each"
         )

@@ -13,19 +13,21 @@ from typing import Any
 from slime_async.config.fields import PASS_THROUGH, fields
 from slime_async.config.schema import Config
 
-FREE_SECTIONS = frozenset({"checkpoint", "evaluation", "hub", "sglang"})
+FREE_SECTIONS = frozenset({"checkpoint", "evaluation", "hub", "sglang", "cluster", "loggers"})
 FREE = frozenset(
     {
         "run.name",
         "run.directory",
         "run.steps",
         "run.log_interval_s",
+        "run.view",
         "model.path",  # where it lies; what it is, the checkpoint knows
         "actor.count",
         "actor.device",
         "actor.max_restarts",
         "actor.startup_timeout_s",
         "actor.episode_timeout_s",
+        "actor.drain_timeout_s",
         "actor.delay_s",
         "batch.queue_trajectories",
         "batch.queue_bytes",

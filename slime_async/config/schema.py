@@ -24,6 +24,8 @@ class RunConfig(Section):
     """Where run directories are made"""
     steps: PositiveInt = 200
     """How many batches RL trains, and so the last weight version"""
+    time_limit_s: PositiveFloat | None = None
+    """Seconds of RL after which no further batch is trained; the run then ends as after its last step"""
     seed: int = 0
     """Seeds data order, sampling and initialisation"""
     deterministic: bool = False
@@ -150,6 +152,9 @@ class ActorConfig(Section):
     """Until an engine is up"""
     episode_timeout_s: PositiveFloat = 600.0
     """An episode that takes longer fails, is counted, and its sample is granted again"""
+    drain_timeout_s: float = Field(30.0, ge=0)
+    """How long an actor that is told to leave (SIGTERM, SIGUSR1) goes on with what it has begun; the rest is
+    generated elsewhere. Keep it below the notice that the scheduler gives"""
     delay_s: float = Field(0.0, ge=0)
     """Artificial latency before each delivery, for tests and benchmarks of staleness"""
 
@@ -201,6 +206,9 @@ class WeightsConfig(Section):
     that learner and engine share, for both on one GPU"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+    engine_buffer_bytes: PositiveInt = 8 << 30
+    """An SGLang server holds weights that come in beside those it has: at most so many bytes at once, and what is
+    larger comes in several calls"""
 
     @property
     def command_timeout_s(self) -> float:
@@ -320,6 +328,35 @@ class EvaluationConfig(Section):
     """Deadline of one evaluation"""
 
 
+class BenchConfig(Section):
+    """What ``slime-async bench`` compares, and how it measures."""
+
+    modes: tuple[str, ...] = (
+        "colocated",
+        "disaggregated",
+        "one-step-off",
+        "async-1",
+        "async-2",
+        "async-4",
+        "async-8",
+    )
+    """Synchronous on all devices, synchronous on separate ones, one-step-off, asynchronous with η"""
+    devices: PositiveInt = 2
+    """What every mode has: CPU cores for embedded engines on the CPU, otherwise GPUs"""
+    splits: tuple[str, ...] = ("1:1",)
+    """Learner's devices : actors' devices, of the modes that separate them"""
+    warmup_s: PositiveFloat = 10.0
+    """Of each mode, not measured; at least one batch"""
+    windows: int = Field(3, ge=2)
+    """Repeated measurements of each mode"""
+    window_s: PositiveFloat = 30.0
+    """Of one of them"""
+    saturated_s: PositiveFloat = 6.0
+    """For each measurement of an engine that is kept full, and of a learner fed from memory"""
+    target_accuracy: float | None = Field(None, gt=0, le=1)
+    """Also report how long each mode takes to this share of solved tasks in a batch"""
+
+
 class LoggersConfig(Section):
     """Where metrics go besides the run directory's ``metrics.jsonl``."""
 
@@ -331,6 +368,14 @@ class LoggersConfig(Section):
     """The project that the run appears in"""
     wandb_mode: Literal["online", "offline"] = "online"
     """Offline writes files only, for ``wandb sync`` later"""
+    prometheus: bool = False
+    """Every role serves its numbers to Prometheus, which finds it by the run directory's ``prometheus/PROCESS.json``"""
+    prometheus_address: str = "127.0.0.1"
+    """Where it listens; 0.0.0.0 lets other machines scrape it, unauthenticated: keep the port inside the cluster"""
+    prometheus_port: int = Field(0, ge=0, le=65435)
+    """The first port that is tried, processes of one machine take the next free ones; 0 takes any"""
+    format: Literal["text", "json"] = "text"
+    """Of the roles' log lines; json has role, host and version in every line, for a log collector"""
 
 
 class HubConfig(Section):
@@ -360,6 +405,43 @@ class HubConfig(Section):
     """When nothing moves for this long, the log names what everybody waits for"""
 
 
+class ClusterConfig(Section):
+    """What roles need of a cluster's machines; only the launchers ``slurm`` and ``ray`` read it."""
+
+    actor_gpus: int = Field(0, ge=0)
+    """GPUs of one actor process"""
+    actor_gpu_kind: str = ""
+    """As the scheduler names it (Ray: an accelerator type, H100; Slurm: a gres type, h100); empty takes any"""
+    actor_cpus: PositiveInt = 1
+    """CPU cores of one actor process"""
+    learner_gpus: int = Field(0, ge=0, le=1)
+    """GPUs of one learner rank"""
+    learner_gpu_kind: str = ""
+    """As for actors; a kind of its own keeps the learner off the actors' machines"""
+    learner_cpus: PositiveInt = 1
+    """CPU cores of one learner rank"""
+    learner_ranks_per_node: PositiveInt | None = None
+    """Ranks that share a machine; all of them when not set"""
+    hub_cpus: PositiveInt = 2
+    """CPU cores of the hub, which the launcher shares"""
+    rendezvous_port: int = Field(29500, ge=1024, le=65535)
+    """Where the learner's machines meet, on the first of them; unused on a learner of one machine"""
+    sbatch: str = ""
+    """Options of sbatch for all components of a Slurm job: "--account=lab --time=24:00:00" """
+    sbatch_hub: str = ""
+    """Options for the hub's component alone: "--partition=cpu" """
+    sbatch_learner: str = ""
+    """Options for the learner's component alone: "--partition=h200 --exclusive" """
+    sbatch_actors: str = ""
+    """Options for the actors' component alone"""
+    setup: str = ""
+    """Shell lines that a Slurm job begins with: modules, a virtual environment, NCCL's variables"""
+
+    def learner_nodes(self, ranks: int) -> int:
+        """Machines of a learner of so many ranks."""
+        return ranks // (self.learner_ranks_per_node or ranks)
+
+
 class Config(Section):
     """Everything about one run."""
 
@@ -378,7 +460,9 @@ class Config(Section):
     warm_start: WarmStartConfig = WarmStartConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hub: HubConfig = HubConfig()
+    bench: BenchConfig = BenchConfig()
     loggers: LoggersConfig = LoggersConfig()
+    cluster: ClusterConfig = ClusterConfig()
     sglang: dict[str, Any] = Field(default_factory=dict)
     """Arguments of SGLang's servers, by their own names"""
     megatron: dict[str, Any] = Field(default_factory=dict)

@@ -356,8 +356,25 @@ class TrajectoryQueue:
             return ()
         return tuple(key for group in self._ledger.batch_groups(record) for key in group.keys)
 
+    def batch_metas(self, train_version: int) -> tuple[TrajectoryMeta, ...]:
+        """What is known of ``batch_keys(train_version)``."""
+        known = train_version in self._ledger.batches
+        return tuple(accepted.meta for accepted in self._accepted(train_version)) if known else ()
+
+    def leased_batch(self, incarnation: int, train_version: int) -> LeasedBatch | None:
+        """What ``lease`` gave this learner for ``train_version``; None before, and once it is committed."""
+        record = self._ledger.batches.get(train_version)
+        if record is None or record.incarnation != incarnation or record.state is not BatchState.LEASED:
+            return None
+        return self._leased_batch(record)
+
     def statistics(self, now: float) -> QueueStatistics:
         return collect(self.limits, self._ledger, self._training, self._evaluating, self._meters, now)
+
+    @property
+    def evaluations_wait(self) -> bool:
+        """Whether any evaluation has samples to be granted, which admission does not hold back."""
+        return self._evaluating.missing > 0
 
     def admission_closed_by(self) -> GateCause | None:
         """What keeps free slots from being granted anything; None when nothing does."""

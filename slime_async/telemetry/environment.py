@@ -30,6 +30,8 @@ PACKAGES = (
     "reasoning-gym",
     "tensorboard",
     "wandb",
+    "prometheus-client",
+    "ray",
 )
 """Whose versions matter when a run is to be repeated"""
 VARIABLE_PREFIXES = ("NCCL_", "CUDA_", "GLOO_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "SGLANG_", "UB_", "NVTE_")

@@ -11,6 +11,9 @@ evaluation        learner    name: before, after, version_N (on schedule) or sup
 checkpoint        learner    version, seconds: one became durable
 role_died         launcher   role: hub, learner or actor; process, as its log is named; exit_code
 role_restarted    launcher   role; process; restarts: of this role so far
+role_added        launcher   role, process: an actor that was asked for while the run went on
+role_leaving      launcher   role, process: an actor that was asked to go
+role_left         launcher   role, process, exit_code: it has gone
 step_warning      learner    step, name, metric, value, threshold, message: see slime_async.correction.warnings
 run_finished      launcher   outcome: finished, failed or interrupted; reason
 warning           all        process, level, text; repeated: so many of its kind were held back before
@@ -33,6 +36,9 @@ EventName = Literal[
     "checkpoint",
     "role_died",
     "role_restarted",
+    "role_added",
+    "role_leaving",
+    "role_left",
     "step_warning",
     "run_finished",
     "warning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slime_async.actors.engine import EngineStatus, GenerateRequest, Generation, SamplingParams
@@ -45,7 +45,7 @@ class ScriptedEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        self.requests.append(request)
+        self.requests.append(replace(request, prompt_ids=list(request.prompt_ids)))
         entry = self.script[min(len(self.requests), len(self.script)) - 1]
         return entry if isinstance(entry, Generation) else entry(request)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import pytest
 
 from slime_async.actors.engine import EngineError
 from slime_async.actors.environment import Episode, EpisodeBuilder, Policy, Task
-from slime_async.actors.evaluate import EvaluationSummary, evaluate_checkpoint, evaluate_source
+from slime_async.actors.evaluate import evaluate_checkpoint, evaluate_source
 from slime_async.actors.rollout import Rollout, RolloutSettings
+from slime_async.cli.eval import result_line
 from slime_async.config.schema import Config
 from slime_async.demo.model import make_checkpoint
+from slime_async.protocol import EvaluationResult
 from tests.actors.scripted import SAMPLING, TOKENIZER, ScriptedEngine, ScriptedProcess, says
 
 
@@ -35,11 +36,13 @@ class Games:
         return episode.finish(float(task.content))
 
 
-def evaluate(tasks: list[Any], num_tasks: int, *, source: str = "held-out", slots: int = 2) -> EvaluationSummary:
+def evaluate(
+    tasks: list[Any], num_tasks: int, *, source: str = "held-out", slots: int = 2, samples: int = 1
+) -> EvaluationResult:
     games = Games()
     settings = RolloutSettings(SAMPLING, TOKENIZER, games.generate, None, 0, 64, 30.0)
     rollout = Rollout(settings, {"held-out": tasks}, ScriptedEngine([says("1")]))
-    summary = asyncio.run(evaluate_source(rollout, source, num_tasks, slots))
+    summary = asyncio.run(evaluate_source(rollout, source, num_tasks, slots, samples=samples))
     assert games.most <= slots
     return summary
 
@@ -47,22 +50,31 @@ def evaluate(tasks: list[Any], num_tasks: int, *, source: str = "held-out", slot
 @pytest.mark.parametrize(
     ("tasks", "num_tasks", "summary"),
     [
-        ([1.0, 0.0, 1.0, 1.0], 4, EvaluationSummary(0.75, 0.75, failed=0, tasks=4)),
-        ([1.0, 0.5, 1.0, 1.0], 2, EvaluationSummary(0.5, 0.75, failed=0, tasks=2)),
-        ([1.0, "fails", 1.0, 0.0], 4, EvaluationSummary(0.5, 2 / 3, failed=1, tasks=4)),
-        ([1.0, 1.0], 10, EvaluationSummary(1.0, 1.0, failed=0, tasks=2)),
+        ([1.0, 0.0, 1.0, 1.0], 4, EvaluationResult("held-out", (1.0, 0.0, 1.0, 1.0), 0, (0,))),
+        ([1.0, 0.5, 1.0, 1.0], 2, EvaluationResult("held-out", (1.0, 0.5), 0, (0,))),
+        ([1.0, "fails", 1.0, 0.0], 4, EvaluationResult("held-out", (1.0, 1.0, 0.0), 1, (0,))),
+        ([1.0, 1.0], 10, EvaluationResult("held-out", (1.0, 1.0), 0, (0,))),
     ],
 )
-def test_accuracy_is_of_all_tasks_and_mean_reward_of_those_that_finished(
-    tasks: list[Any], num_tasks: int, summary: EvaluationSummary
+def test_rewards_are_of_those_that_finished_and_the_others_are_counted(
+    tasks: list[Any], num_tasks: int, summary: EvaluationResult
 ) -> None:
     assert evaluate(tasks, num_tasks) == summary
 
 
+def test_several_answers_per_task_come_by_task() -> None:
+    result = evaluate([1.0, "fails", 0.0], 3, samples=2)
+    assert (result.rewards, result.failed, result.counts) == ((1.0, 1.0, 0.0, 0.0), 2, (2, 0, 2))
+    line = result_line(result, samples=2)
+    assert line.startswith(
+        "held-out: accuracy 0.3333 (0.0000 to 0.9867), pass@2 0.3333, mean reward 0.5000, 3 tasks, 2"
+    )
+
+
 def test_an_evaluation_in_which_everything_fails_has_no_mean_reward() -> None:
     summary = evaluate(["fails"], 1)
-    assert (summary.accuracy, summary.failed) == (0.0, 1)
-    assert math.isnan(summary.mean_reward)
+    assert (summary.accuracy, summary.failed, summary.versions) == (0.0, 1, ())
+    assert "accuracy 0.0000 (0.0000 to 0.7935), mean reward nan" in result_line(summary, samples=1)
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
@@ -94,7 +106,7 @@ SORTING = Config.model_validate(
 def test_a_checkpoint_is_evaluated_on_an_engine_that_is_closed_afterwards(checkpoint: Path) -> None:
     engine = ScriptedProcess([says("0")])
     summary = asyncio.run(evaluate_checkpoint(SORTING, checkpoint, "held-out", 5, engine))
-    assert summary == EvaluationSummary(accuracy=0.0, mean_reward=0.0, failed=0, tasks=5)
+    assert (summary.accuracy, summary.failed, summary.tasks) == (0.0, 0, 5)
     assert engine.state == "closed"
 
 

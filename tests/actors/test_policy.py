@@ -25,9 +25,9 @@ def test_an_aborted_answer_goes_on_from_its_last_token() -> None:
     policy = make_policy(engine)
     turn = asyncio.run(policy.sample([10, 11]))
 
-    assert turn.prompt_ids == [10, 11]
+    assert list(turn.prompt_ids) == [10, 11]
     assert turn.output_ids == [1, 2, 3, 4, EOS_ID]
-    assert turn.logprobs == [-1 / 8, -2 / 8, -3 / 8, -1 / 8, -2 / 8]
+    assert list(turn.logprobs) == [-1 / 8, -2 / 8, -3 / 8, -1 / 8, -2 / 8]
     assert turn.spans == (VersionSpan(0, weights(4)), VersionSpan(2, weights(5)), VersionSpan(4, weights(6)))
     assert turn.finish_reason == "stop"
     assert policy.resubmissions == 2

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from slime_async.cli.launch import RoleCommand
+from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.supervise import RunPlan
 from slime_async.cli.train import train
 from slime_async.config import Config
@@ -56,7 +56,7 @@ signal.pause()
 
 
 def standin(run: Path, name: str, code: str) -> RoleCommand:
-    return RoleCommand(name, (sys.executable, "-c", PRELUDE + code, str(run), name))
+    return RoleCommand(name, ("-c", PRELUDE + code, str(run), name))
 
 
 def make_plan(

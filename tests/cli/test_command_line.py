@@ -18,7 +18,7 @@ from slime_async.config.load import Key
 
 HEAVY = ("torch", "megatron", "sglang", "transformers", "zmq", "rich")
 
-WITHOUT_CONFIG = {"audit", "doctor", "keygen", "report"}
+WITHOUT_CONFIG = {"audit", "doctor", "keygen", "plan", "report", "scale", "simulate", "top"}
 """Commands that are given no configuration"""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,16 @@ while not wanted.exists(): time.sleep(0.02)
 """A learner that is done once the actor was started again"""
 
 
-def supervise(run: Path, plan: RunPlan) -> list[tuple[str, Mapping[str, Scalar]]]:
+def supervise(
+    run: Path, plan: RunPlan, wanted_actors: Callable[[], int | None] = lambda: None
+) -> list[tuple[str, Mapping[str, Scalar]]]:
     """Run the plan to its end; returns the events, or raises as the supervisor does. Nothing may be left running."""
     events: list[tuple[str, Mapping[str, Scalar]]] = []
 
     async def work() -> None:
-        supervisor = Supervisor(LocalLauncher(run / "logs"), plan, lambda name, fields: events.append((name, fields)))
+        supervisor = Supervisor(
+            LocalLauncher(run / "logs"), plan, lambda name, fields: events.append((name, fields)), wanted_actors
+        )
         try:
             async with asyncio.timeout(standins.DEADLINE_S):
                 await supervisor.start()
@@ -38,7 +42,7 @@ def supervise(run: Path, plan: RunPlan) -> list[tuple[str, Mapping[str, Scalar]]
     try:
         asyncio.run(work())
     finally:
-        standins.wait_until_dead([int(path.read_text()) for path in (run / "pids").iterdir()])
+        standins.wait_until_dead([int(path.read_text()) for path in (run / "pids").iterdir() if path.suffix != ".tmp"])
     return events
 
 
@@ -59,6 +63,34 @@ def test_a_dead_actor_is_started_again_under_a_new_name(tmp_path: Path) -> None:
         ("role_died", {"role": "actor", "process": "actor-0", "exit_code": -9}),
         ("role_restarted", {"role": "actor", "process": "actor-0.1", "restarts": 1}),
     ]
+
+
+def test_actors_are_added_and_asked_to_leave_while_the_run_goes_on(tmp_path: Path) -> None:
+    actor = "signal.signal(signal.SIGTERM, lambda *_: (record('.left'), sys.exit(143)))\nrecord()\nsignal.pause()"
+    learner = "record()\nimport time\nwhile not (run / 'pids' / 'actor-1.left').exists(): time.sleep(0.02)\n"
+    leave = "import time\nwhile not (run / 'pids' / 'actor-1.left').exists(): time.sleep(0.02)\n"
+    plan = standins.make_plan(tmp_path, hub=standins.HUB + leave, actor=actor, learner=learner)
+
+    def wanted() -> int:
+        return 1 if (tmp_path / "pids" / "actor-2").exists() and (tmp_path / "pids" / "actor-1").exists() else 3
+
+    events = supervise(tmp_path, plan, wanted)
+    assert events[:4] == [
+        ("role_added", {"role": "actor", "process": "actor-1"}),
+        ("role_added", {"role": "actor", "process": "actor-2"}),
+        ("role_leaving", {"role": "actor", "process": "actor-2"}),
+        ("role_leaving", {"role": "actor", "process": "actor-1"}),
+    ]
+    assert {name for name, _ in events[4:]} <= {"role_left"}
+
+
+def test_an_actor_that_its_scheduler_preempts_is_replaced_and_not_counted(tmp_path: Path) -> None:
+    actor = "record()\nif name == 'actor-0': sys.exit(143)\nsignal.pause()"
+    leave = "import time\nwhile not (run / 'pids' / 'actor-0.1').exists(): time.sleep(0.02)\n"
+    plan = standins.make_plan(
+        tmp_path, hub=standins.HUB + leave, actor=actor, learner=EXIT_WHEN_RESTARTED, max_restarts=0
+    )
+    assert supervise(tmp_path, plan)[1] == ("role_restarted", {"role": "actor", "process": "actor-0.1", "restarts": 0})
 
 
 def test_restarts_are_counted_over_all_actors_and_run_out(tmp_path: Path) -> None:

@@ -200,6 +200,15 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
             r"one actor, but actor\.count = 2",
         ),
         (
+            {
+                ("actor", "engine"): "sglang",
+                ("actor", "engine_urls"): ["http://a:1"],
+                ("sglang", "tp_size"): 2,
+                ("sglang", "api_key"): "secret",
+            },
+            r"\[sglang\] sets tp_size, but the servers of actor\.engine_urls are started elsewhere",
+        ),
+        (
             {("actor", "engine"): "sglang", ("run", "deterministic"): True, ("staleness", "max_staleness"): 0},
             r"deterministic = true needs actor\.engine = 'embedded'",
         ),

@@ -31,8 +31,8 @@ from tests.contract.reference import OLD, Bench
 START_TIMEOUT_S = 300.0
 CONTEXT = 8184
 """What fits beside the margin into the checkpoints' 8192 positions"""
-MAX_SERVERS = 3
-"""Each takes 1.5 GB"""
+MAX_SERVERS = {"cpu": 3, "gpu": 6}
+"""Each takes 1.5 GB of the machine's memory"""
 
 CPU = {
     "device": "cpu",
@@ -48,6 +48,7 @@ GPU = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
+    "disable_prefill_cuda_graph": True,
     "mem_fraction_static": 0.3,
     "max_total_tokens": 65536,
 }
@@ -131,7 +132,7 @@ class Servers:
             server.kill()
             server = None
         if server is None:
-            while len(self._servers) >= MAX_SERVERS:
+            while len(self._servers) >= MAX_SERVERS["gpu" if self.gpu else "cpu"]:
                 self._servers.pop(next(iter(self._servers))).kill()
             server = Server(key, self._logs / f"server-{time.monotonic_ns()}.log", self.gpu)
         self._servers[key] = server

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slime_async.actors.engine import GenerateRequest, Generation
-from slime_async.actors.evaluate import EvaluationSummary, evaluate_source
+from slime_async.actors.evaluate import evaluate_source
 from slime_async.actors.rollout import make_rollout
 from slime_async.config.schema import Config
 from slime_async.demo.tokenizer import EOS
@@ -42,7 +42,7 @@ def test_an_engine_that_sorts_solves_the_held_out_tasks(config: Config, checkpoi
 
     rollout = make_rollout(config, checkpoint, ScriptedEngine([sorts]))
     summary = asyncio.run(evaluate_source(rollout, "held-out", num_tasks=64, slots=8))
-    assert summary == EvaluationSummary(accuracy=1.0, mean_reward=1.0, failed=0, tasks=64)
+    assert (summary.accuracy, summary.failed, summary.tasks) == (1.0, 0, 64)
 
 
 def test_prompts_and_answers_fit_into_the_context(config: Config, checkpoint: Path) -> None:

@@ -46,6 +46,6 @@ def test_configuration_keys_that_a_page_names_exist(page: Path) -> None:
     names = "|".join([*sections(), *PASS_THROUGH])
     for named in re.findall(rf"`({names})\.([a-z_]+)(?: = [^`]*)?`", prose(page)):
         key = ".".join(named)
-        assert named[0] in PASS_THROUGH or key in keys or named[1] in ("py", "md", "toml", "json"), (
+        assert named[0] in PASS_THROUGH or key in keys or named[1] in ("py", "md", "toml", "json", "html"), (
             f"{page.name}: {key}"
         )

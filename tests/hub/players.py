@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
-from slime_async.config import Config
+from slime_async.config import Config, ConfigError
 from slime_async.protocol import (
     Batch,
     Commit,
@@ -121,6 +121,11 @@ class Player:
         status = await self.call(GetStatus())
         assert isinstance(status, RunStatus)
         return status
+
+    async def leaves(self) -> None:
+        """As a role does when it is told that the run is over."""
+        await self.hears(Shutdown)
+        await self.client.close()
 
     async def vanish(self) -> None:
         """Die without a goodbye, as a killed process does."""
@@ -241,5 +246,5 @@ async def stage(config: Config, judge: Judge | None = None) -> AsyncIterator[Sta
             yield Stage(hub, running, players)
     finally:
         running.cancel()
-        with suppress(asyncio.CancelledError, ConnectionLost, RuntimeError):
+        with suppress(asyncio.CancelledError, ConnectionLost, RuntimeError, ConfigError):
             await running

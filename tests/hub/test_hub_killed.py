@@ -57,6 +57,12 @@ class Process:
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait(WAIT_S)
 
+    async def terminate(self) -> int:
+        """SIGTERM, as schedulers send it; the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return await self.exit_code()
+
     async def restart(self) -> None:
         self.kill()
         await self.start()
@@ -101,6 +107,22 @@ def test_a_restarted_hub_still_has_every_trajectory_that_it_accepted(tmp_path: P
             await learner.commit(0)
             await actor.deliver_all(granted[B + 1 :])
             assert [t.key for t in (await learner.leased(1)).trajectories] == [r.key for r in granted[B:]]
+
+    run(test())
+
+
+def test_a_hub_that_is_told_to_stop_writes_no_half_of_a_delivery(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with stage(tmp_path, make_config(eta=4, heartbeat_timeout_s=1.0)) as (hub, actor, learner):
+            granted = await actor.granted(5 * B)
+            actor.held = granted
+            delivering = [asyncio.create_task(actor.deliver(reservation)) for reservation in granted]
+            await asyncio.wait(delivering, return_when=asyncio.FIRST_COMPLETED)
+            assert await hub.terminate() == 143
+            assert "Traceback" not in (tmp_path / "hub.log").read_text()
+            await hub.start()
+            assert set(await asyncio.gather(*delivering)) <= {"accepted", "duplicate"}
+            assert len((await learner.leased(0)).trajectories) == B
 
     run(test())
 

@@ -16,7 +16,7 @@ from slime_async.config import Config, ConfigError
 from slime_async.demo.tokenizer import EOS, VOCABULARY, make_tokenizer
 from slime_async.learner.batch import filtered, judged
 from slime_async.trajectory import Trajectory, VersionSpan, WeightId
-from slime_async.transport.hub import MAX_JUDGE_FAILURES
+from slime_async.transport.failures import MAX_GROUPS_IN_A_ROW
 from tests.hub.players import make_config, run, stage
 from tests.transport.examples import make_trajectory
 
@@ -81,9 +81,11 @@ def test_a_judge_that_always_fails_ends_the_run() -> None:
         async with stage(judged_config(), ScriptedJudge(ValueError("no opinion"))) as hub:
             actor, learner = await hub.actor(), await hub.learner()
             await learner.publish(0)
-            for _ in range(MAX_JUDGE_FAILURES // 2):
+            for _ in range(MAX_GROUPS_IN_A_ROW // 2):
                 await actor.deliver_all(await actor.granted(4))
-            with pytest.raises(RuntimeError, match=f"{MAX_JUDGE_FAILURES} groups in a row .* no opinion"):
+            await actor.leaves()
+            await learner.leaves()
+            with pytest.raises(ConfigError, match=f"{MAX_GROUPS_IN_A_ROW} groups in a row .* no opinion"):
                 await hub.running
 
     run(test())

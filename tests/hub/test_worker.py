@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slime_async.actors import single_turn
+from slime_async.actors.engine import EngineError
 from slime_async.actors.pool import EnginePool
 from slime_async.actors.rollout import Rollout, RolloutSettings
 from slime_async.actors.worker import Worker
@@ -86,6 +87,29 @@ def test_commands_for_an_engine_that_it_does_not_hold_are_refused() -> None:
         )
         with pytest.raises(RemoteError, match="actor w holds scripted, not other"):
             await learner.call(Relay("w", ResumeEngine("other"), WAIT_S))
+
+    with_worker(test)
+
+
+def test_a_command_that_comes_again_is_carried_out_once_unless_it_failed() -> None:
+    """The learner asks again when an answer was lost on its way, and when it tries a publication anew."""
+
+    async def test(hub: Stage, learner: Learner, engine: ScriptedProcess, worker: asyncio.Task[None]) -> None:
+        await learner.members(1)
+        asked: list[WeightManifest] = []
+
+        async def check_weights(manifest: WeightManifest) -> None:
+            asked.append(manifest)
+            if len(asked) == 1:
+                raise EngineError("scripted has no room")
+
+        engine.check_weights = check_weights  # type: ignore[method-assign]
+        prepare = Relay("w", PrepareWeights("scripted", WeightId(1, 1), WeightManifest(())), WAIT_S)
+        with pytest.raises(RemoteError, match="scripted has no room"):
+            await learner.call(prepare)
+        for _ in range(2):
+            assert await learner.call(prepare) == Ok()
+        assert len(asked) == 2
 
     with_worker(test)
 

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +64,18 @@ def test_the_next_batch_is_asked_for_while_this_one_trains_but_none_beyond_the_l
     assert hub.versions == [0, 1]
 
 
+def test_once_the_time_is_up_no_batch_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(feed_module.time, "monotonic", lambda: now)
+    hub = ScriptedHub(ready)
+    feed = HubFeed(hub, INCARNATION, 9, 60.0, 30.0, lambda: None, time_limit_s=10.0)  # type: ignore[arg-type]
+    assert feed.next_batch(0) is not None
+    now = 109.9
+    assert feed.next_batch(1) is not None
+    now = 110.0
+    assert feed.next_batch(2) is None
+
+
 def test_a_lease_that_was_not_ready_is_asked_again() -> None:
     answers: list[Message] = [NotReady("0 of 2 groups"), NotReady("1 of 2 groups"), Batch(0, ())]
     hub = ScriptedHub(lambda lease: answers.pop(0))
@@ -96,22 +104,3 @@ def test_what_fails_elsewhere_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(feed_module, "CHECK_INTERVAL_S", 0.01)
     with pytest.raises(RuntimeError, match="the publisher failed"):
         make_feed(ScriptedHub(), check=check).next_batch(0)
-
-
-def test_all_ranks_train_the_batch_of_the_first(tmp_path: Path) -> None:
-    job = Path(__file__).parent / "feed_job.py"
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(job), str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60)[0].split() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert outputs[0] == outputs[1]
-    assert len(set(outputs[0])) == 3

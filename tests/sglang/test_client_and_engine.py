@@ -210,6 +210,23 @@ def test_an_update_is_as_the_release_wants_it(version: str, checkpoint: Path) ->
     run(test())
 
 
+def test_weights_beyond_the_servers_buffer_come_in_several_calls_and_the_last_names_them(checkpoint: Path) -> None:
+    manifest = WeightManifest(tuple(TensorSpec(name, "float32", (2,)) for name in "xyz"))
+
+    async def test() -> None:
+        async with serving(checkpoint, buffer_bytes=16) as (server, engine):
+            await engine.join_weight_group(SPEC, 1)
+            await engine.pause(PauseMode.RETRACT)
+            await engine.receive_weights(manifest, NEW)
+            calls = [body for path, body in server.calls if path == "/update_weights_from_distributed"]
+            assert [body["names"] for body in calls] == [["x", "y"], ["z"]]
+            assert [body.get("weight_version") for body in calls] == [None, "1.4"]
+            assert [body["flush_cache"] for body in calls] == [False, True]
+            assert server.paths().count("/begin_weight_update") == 1
+
+    run(test())
+
+
 def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoint: Path) -> None:
     async def hang(_: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()

@@ -166,7 +166,26 @@ def test_devices_are_shared_in_order_and_too_few_are_refused_by_number() -> None
         num_ranks({"tp_size": 0})
 
 
-def test_each_actor_has_to_have_enough_devices() -> None:
+def pretend_installed(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slime_async.actors.engines.installed_version", lambda: version)
+
+
+@pytest.mark.parametrize(
+    ("version", "complaint"), [("", "SGLang is not installed here: pip install"), ("0.5.15", "0.5.15 is too old")]
+)
+def test_a_missing_or_old_sglang_is_said_before_any_process_starts(
+    version: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(version, monkeypatch)
+    with pytest.raises(ConfigError, match=complaint):
+        check_engines(Config.model_validate({"actor": {"engine": "sglang"}}))
+    elsewhere = {"engine": "sglang", "count": 0}, {"engine": "sglang", "count": 1, "engine_urls": ["http://a:1"]}
+    for actor in elsewhere:
+        check_engines(Config.model_validate({"actor": actor}))
+
+
+def test_each_actor_has_to_have_enough_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed("0.5.23", monkeypatch)
     config = Config.model_validate(
         {"actor": {"engine": "sglang", "count": 2, "devices": [0, 1, 2]}, "sglang": {"tp_size": 2}}
     )
@@ -183,7 +202,8 @@ def test_every_actor_of_a_launch_is_told_its_own_devices() -> None:
 @pytest.mark.parametrize(
     "flags", [{}, {("actor", "devices"): [0], ("weights", "backend"): "ipc"}], ids=["two-gpus", "one-gpu"]
 )
-def test_the_gpu_example_is_sound(flags: dict[tuple[str, ...], object]) -> None:
+def test_the_gpu_example_is_sound(flags: dict[tuple[str, ...], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed("0.5.23", monkeypatch)
     config = load_config(ROOT / "examples" / "gpu.toml", flags)
     assert config.staleness.max_staleness == 2
     check_engines(config)

@@ -29,6 +29,7 @@ from slime_async.protocol import (
     Reservation,
 )
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
+from slime_async.transport.buffers import BORROW_FROM_BYTES
 from slime_async.transport.codec import (
     MESSAGE_KINDS,
     BadMessage,
@@ -78,13 +79,15 @@ def test_received_arrays_are_read_only() -> None:
             array[0] = 1
 
 
-def test_arrays_are_views_of_the_frames_on_both_sides() -> None:
-    sent = make_trajectory()
+def test_large_arrays_are_views_of_the_frames_on_both_sides() -> None:
+    sent = make_trajectory(extras={"experts": np.zeros(BORROW_FROM_BYTES, np.uint8)})
     frames = encode(Deliver(sent))
-    assert np.shares_memory(np.frombuffer(frames[1], np.int32), sent.token_ids)
+    assert len(frames) == 3
+    assert np.shares_memory(np.frombuffer(frames[2], np.uint8), sent.extras["experts"])
     received = decode(frames).message
     assert isinstance(received, Deliver)
-    assert np.shares_memory(received.trajectory.token_ids, sent.token_ids)
+    assert np.shares_memory(received.trajectory.extras["experts"], sent.extras["experts"])
+    assert np.shares_memory(received.trajectory.token_ids, np.frombuffer(frames[1], np.uint8))
 
 
 def test_arrays_at_odd_addresses_come_back_aligned() -> None:
@@ -107,15 +110,13 @@ def test_an_int_where_a_float_belongs_arrives_as_float() -> None:
 
 
 def test_a_stored_trajectory_is_sent_on_byte_for_byte() -> None:
-    stored = [deliver(make_trajectory(i, extras={"experts": np.full((5, 2), i, np.int16)})) for i in range(3)]
+    extras = {"small": np.full((5, 2), 3, np.int16), "experts": np.ones(BORROW_FROM_BYTES, np.uint8)}
+    stored = [deliver(make_trajectory(i, extras=extras)) for i in range(3)]
     frames = encode(Batch(4, tuple(stored)))
-    position = 1
-    for trajectory in stored:
-        for frame in trajectory.encoded.frames:
-            assert frames[position] is frame
-            position += 1
+    assert [len(bytes(frame)) for frame in frames[1:]] == [76, BORROW_FROM_BYTES] * 3
+    for i, trajectory in enumerate(stored):
+        assert trajectory.encoded.frames[-1] is frames[2 * i + 2]
         assert trajectory.encoded.header in bytes(frames[0])
-    assert position == len(frames)
     batch = decode(frames).message
     assert isinstance(batch, Batch)
     assert all(same(a, b) for a, b in zip(stored, batch.trajectories, strict=True))
@@ -157,8 +158,8 @@ def test_an_error_reply_is_read_whatever_version_sent_it() -> None:
 GRANTED = Granted(tuple(Reservation(TaskRef(i, "train", i), 0, 0) for i in range(40)))
 SMALL: list[tuple[Message, Limits, str]] = [
     (Ok(), Limits(header_bytes=4), "limit is 4 for a header"),
-    (Deliver(make_trajectory()), Limits(frame_bytes=19), "frame 1 has 20 bytes, the limit is 19"),
-    (Deliver(make_trajectory()), Limits(frames=2), "has 3 raw frames, the limit is 2"),
+    (Deliver(make_trajectory()), Limits(frame_bytes=51), "frame 1 has 52 bytes, the limit is 51 for a raw frame"),
+    (Deliver(make_trajectory()), Limits(frames=0), "has 1 raw frames, the limit is 0"),
     (Deliver(make_trajectory()), Limits(total_bytes=100), "the limit is 100"),
 ]
 RECEIVED: list[tuple[Message, Limits, str]] = [

@@ -86,18 +86,24 @@ async def a_raw_peer(hub: Hub, name: str | None = "raw") -> AsyncIterator[Raw]:
 def test_a_peer_that_sends_garbage_is_told_and_then_cut_off() -> None:
     async def scenario() -> None:
         async with a_hub() as hub, a_raw_peer(hub) as raw:
-            for i in range(MAX_STRIKES):
+            for _ in range(MAX_STRIKES):
                 assert not hub.left
                 await raw.send_frames([b"\xc1", b"garbage"])
                 reply = await raw.receive()
                 assert isinstance(reply, ErrorReply)
-                assert reply.code == ("BadMessage" if i < MAX_STRIKES - 1 else "NotConnected")
+                assert reply.code == "BadMessage"
+            last = await raw.receive()
+            assert isinstance(last, ErrorReply)
+            assert last.code == "NotConnected"
             await eventually(lambda: hub.left)
             name, reason = hub.left[0]
             assert name == "raw"
             assert "cut off: sent 8 messages that break the rules" in reason
+            disconnected = raw.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             await raw.send_frames([b"more"])
-            await eventually(lambda: hub.server.statistics().ignored > 0)
+            await asyncio.wait_for(disconnected.recv_multipart(), 10)
+            assert hub.server.statistics().ignored > 0
+            assert hub.server.statistics().hung_up > 0
             assert hub.server.statistics().bad == MAX_STRIKES
             assert hub.server.statistics().cut_off == 1
 
@@ -223,7 +229,7 @@ def test_a_peer_that_takes_nothing_blocks_no_other_and_is_cut_off_once() -> None
             await eventually(lambda: inbox.messages == [NotReady("for you")])
             outcomes = await asyncio.gather(*notes, return_exceptions=True)
             failed = [o for o in outcomes if o is not None]
-            assert len(failed) == hub.server.statistics().blocked
+            assert 0 < len(failed) <= hub.server.statistics().blocked  # some may have found room after all
             assert all(isinstance(o, ConnectionLost) and "cut off: took no message" in str(o) for o in failed)
             assert [name for name, _ in hub.left] == ["raw"]
             assert hub.server.statistics().cut_off == 1

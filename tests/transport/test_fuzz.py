@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import msgpack
 import numpy as np
+import pytest
 
-from slime_async.protocol import (
-    Batch,
-    Deliver,
-    EngineInfo,
-    Granted,
-    Heartbeat,
-    Hello,
-    PauseEngine,
-    PeerStatus,
-    ReceiveWeights,
-    Relay,
-    Reservation,
-    RunStatus,
-    TensorSpec,
-    WeightManifest,
-)
-from slime_async.trajectory import TaskRef, WeightId
 from slime_async.transport.codec import BadMessage, Limits, decode, encode
-from tests.transport.transport_kit import trajectory
+from tests.transport.fuzz import MESSAGES, fuzz, mutations
 
-MESSAGES = (
-    Hello("actor", "a", 4, (EngineInfo("e", "a", 2),), {"sums": 9}),
-    Heartbeat({"x": 1, "y": 2.5, "z": "w", "b": True}),
-    Granted((Reservation(TaskRef(1, "sums", 2), 0, 0),)),
-    Deliver(trajectory(extra_bytes=9)),
-    Batch(3, (trajectory(), trajectory(8))),
-    Relay("a", PauseEngine("e", "abort"), 2.0),
-    Relay("a", ReceiveWeights("e", WeightManifest((TensorSpec("w", "bfloat16", (2, 3)),)), WeightId(1, 2)), 2.0),
-    RunStatus("r", {"x": 1}, (PeerStatus("actor", "a", 0.5, {}),)),
-)
 SMALL = Limits(header_bytes=4096, frame_bytes=4096, frames=16, total_bytes=1 << 16, collection_length=64)
 
 
@@ -53,29 +28,22 @@ def survives(frames: list[bytes]) -> bool:
 
 
 def test_mutated_frames_give_bad_messages_only() -> None:
-    rng = random.Random(7)
-    wires = [[bytes(frame) for frame in encode(message, call_id=3)] for message in MESSAGES]
-    decoded = 0
-    for _ in range(20_000):
-        frames = list(rng.choice(wires))
-        for _ in range(rng.randint(1, 3)):
-            i = 0 if rng.random() < 0.7 else rng.randrange(len(frames))
-            frame = bytearray(frames[i])
-            where = rng.randrange(len(frame) + 1)
-            change = rng.randrange(5)
-            if change == 0 and where < len(frame):
-                frame[where] = rng.randrange(256)
-            elif change == 1:
-                frame[where:where] = rng.randbytes(rng.randint(1, 4))
-            elif change == 2:
-                del frame[where : where + rng.randint(1, 8)]
-            elif change == 3 and where < len(frame):
-                frame[where] ^= 1 << rng.randrange(8)
-            elif change == 4:
-                frames.append(rng.randbytes(rng.randrange(9)))
-            frames[i] = bytes(frame)
-        decoded += survives(frames)
+    decoded = sum(survives(frames) for frames in islice(mutations(seed=7), 20_000))
     assert 0 < decoded < 10_000  # both outcomes were met: changes within arrays decode, most others don't
+
+
+def test_a_hub_answers_every_bad_message_and_cuts_off_who_keeps_sending_them() -> None:
+    outcome = fuzz(4_000, seed=1)
+    assert outcome.refused == 8 * outcome.cut_off > 2_000
+    assert outcome.growth_bytes < 32 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_million_mutated_frames_neither_stop_a_hub_nor_fill_its_memory() -> None:
+    outcome = fuzz(1_000_000, seed=2)
+    assert outcome.refused > 500_000
+    assert outcome.growth_bytes < 32 << 20
 
 
 def test_random_bytes_give_bad_messages_only() -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from slime_async.queue import Event, Snapshot
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.coders import Buffer
+from slime_async.transport.buffers import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt, JournalError
 from slime_async.transport.journal.lock import DirectoryLock
 from slime_async.transport.journal.payloads import PayloadLog

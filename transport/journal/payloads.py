@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.coders import Buffer
+from slime_async.transport.buffers import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt
 from slime_async.transport.journal.placement import Appended, Location, Planned, key_of, lengths_of
 from slime_async.transport.journal.records import (

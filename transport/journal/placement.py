@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.coders import Buffer
+from slime_async.transport.buffers import Buffer
 from slime_async.transport.journal.records import RECORD_HEAD_BYTES, Record, flat, pack_record
 from slime_async.transport.journal.trail import Position
 

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from slime_async.transport.coders import Buffer
+from slime_async.transport.buffers import Buffer
 from slime_async.transport.journal.errors import JournalCorrupt, JournalVersionError
 
 FORMAT_VERSION = 2

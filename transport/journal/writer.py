@@ -23,7 +23,7 @@ from functools import partial
 
 from slime_async.queue import Event, Snapshot
 from slime_async.trajectory import TrajectoryKey
-from slime_async.transport.coders import Buffer
+from slime_async.transport.buffers import Buffer
 from slime_async.transport.journal.errors import JournalError
 from slime_async.transport.journal.journal import Entry, Journal
 from slime_async.transport.journal.trail import Position

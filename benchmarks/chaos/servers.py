@@ -1,0 +1,80 @@
+"""Faults of an SGLang server whose actor lives, and of its learner, at known points of a publication.
+
+The learner halts in each broadcast, ten tensors in, so that "during" is no matter of luck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FAULTS = ("killed during", "hangs during", "killed before", "killed after")
+"""What happens to the server, each once, in this order"""
+TENSORS_FIRST = 10
+HALT_S = 1.0
+"""Of the learner, after so many tensors"""
+FILE = "faults.jsonl"
+"""In the run's directory, a line per fault: {"fault", "time_s"}"""
+
+
+def note(fault: str) -> None:
+    """For the benchmark, which reads when it happened. This process's own command line says where the run is."""
+    directory = Path(sys.argv[sys.argv.index("--run-directory") + 1])
+    with (directory / FILE).open("a") as file:
+        file.write(json.dumps({"fault": fault, "time_s": time.time()}) + "\n")
+
+
+def server_faults(times: int) -> None:
+    """Every ``times``-th time that an engine receives, the next of ``FAULTS``."""
+    from slime_async.actors.sglang.engine import SGLangEngine
+
+    receive, passages, faults = SGLangEngine.receive_weights, itertools.count(1), iter(FAULTS)
+
+    def hit(engine: SGLangEngine, number: signal.Signals) -> None:
+        assert engine._server is not None
+        os.killpg(engine._server.pid, number)
+
+    async def aimed(engine: SGLangEngine, manifest: Any, weights: Any, shared: Sequence[Any] = ()) -> None:
+        fault = next(faults, "") if next(passages) % times == 0 else ""
+        if fault:
+            note(fault)
+        if fault == "killed before":
+            hit(engine, signal.SIGKILL)
+        elif fault.endswith("during"):
+            number = signal.SIGKILL if fault.startswith("killed") else signal.SIGSTOP
+            asyncio.get_running_loop().call_later(HALT_S / 2, hit, engine, number)
+        await receive(engine, manifest, weights, shared)
+        if fault == "killed after":
+            hit(engine, signal.SIGKILL)
+
+    SGLangEngine.receive_weights = aimed  # type: ignore[method-assign]
+
+
+def halting_learner(times: int) -> None:
+    """Halts in every broadcast, and dies in the ``times``-th."""
+    from slime_async.transport.weight_group import WeightGroup
+
+    send, passages = WeightGroup.send, itertools.count(1)
+
+    def aimed(group: WeightGroup, tensors: Iterable[Any], unless: Sequence[Any] = ()) -> None:
+        dies, rest = next(passages) == times, iter(tensors)
+
+        def halting() -> Iterator[Any]:
+            yield from itertools.islice(rest, TENSORS_FIRST)
+            time.sleep(HALT_S)
+            if dies:
+                note("learner killed during")
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield from rest
+
+        send(group, halting(), unless)
+
+    WeightGroup.send = aimed  # type: ignore[method-assign, assignment]

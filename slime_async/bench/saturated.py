@@ -1,0 +1,72 @@
+"""What each side reaches alone: an engine that is kept full, a learner that is fed from memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRate:
+    """One engine with a fixed number of episodes."""
+
+    running: float
+    """Requests that it decoded at once, mean"""
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaturatedEngine:
+    """One engine, from a single request to more than it takes at once."""
+
+    rates: tuple[EngineRate, ...]
+    """By requests, ascending; the last is what the engine reaches when it is full"""
+    tokens_per_sample: float
+    """Sampled"""
+    total_tokens_per_sample: float
+    """With prompts and what environments inserted"""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return max(rate.tokens_per_s for rate in self.rates)
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedEngine:
+        return cls(**{**plain, "rates": tuple(EngineRate(**rate) for rate in plain["rates"])})
+
+    def step_s(self, running: float) -> float:
+        """Seconds of one decoding step with so many requests, between and beyond the measured ones in a line."""
+        points = [(rate.running, rate.running / rate.tokens_per_s) for rate in self.rates]
+        return interpolate(points, running)
+
+
+@dataclass(frozen=True, slots=True)
+class SaturatedLearner:
+    """A learner that never waits: forward, backward, optimizer, and the copy of the weights."""
+
+    devices: int
+    batch_s: float
+    """Per batch"""
+    batch_tokens: float
+    """Per batch, prompts included"""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch_tokens / self.batch_s
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through ``points`` (ascending in x), the outer pieces prolonged; flat for a single point."""
+    if len(points) == 1:
+        return points[0][1]
+    i = min(max(1, bisect_left([point[0] for point in points], x)), len(points) - 1)
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1

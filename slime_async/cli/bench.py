@@ -1,0 +1,278 @@
+"""``slime-async bench``: synchronous against asynchronous training, on the same devices, in one run.
+
+Each mode of ``bench.modes`` is an ordinary run of the same configuration; what differs between them is listed, checked
+and printed. Writes ``bench.json`` and ``bench.html`` beside the modes' run directories, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slime_async.bench.compare import Comparison, compare, table
+from slime_async.bench.contract import Clause, check_after, check_before
+from slime_async.bench.measure import Measurement
+from slime_async.bench.modes import Mode, configure, modes_of, on_gpus
+from slime_async.bench.page import write_page
+from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
+from slime_async.cli.bench_run import on_devices, run_mode
+from slime_async.cli.common import add_config_argument, config_of
+from slime_async.cli.launch import RoleCommand
+from slime_async.cli.launch_local import LocalLauncher
+from slime_async.cli.prepare import prepare_model
+from slime_async.cli.roles import learner_interpreter, thread_environment
+from slime_async.cli.saturate import START
+from slime_async.cli.supervise import RunError
+from slime_async.cli.train import check_modules
+from slime_async.config import Config
+from slime_async.config.dump import dump_toml
+from slime_async.report.run import flatten
+from slime_async.telemetry.environment import Environment, describe_environment
+
+if TYPE_CHECKING:
+    from slime_async.cli.bench_servers import Servers
+
+SIDE_TIMEOUT_S = 600.0
+"""For one side alone: start, warm-up and measurement"""
+LOCAL_KEYS = ("run.directory", "model.path")
+"""Of the configuration, what means nothing elsewhere"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser)
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="where to; modes that were measured there before are taken over [run.directory/bench-NAME-TIME]",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="a second copy of bench.json")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    check_modules(config)
+    modes = modes_of(config)
+    stamp = f"bench-{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory: Path = (parsed.output or config.run.directory / stamp).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        outputs = [directory / "bench.json", *([parsed.json] if parsed.json else [])]
+        fair = asyncio.run(Bench(config, modes, directory, outputs).run())
+    except RunError as failure:
+        print(f"slime-async: {failure}", file=sys.stderr, flush=True)
+        return failure.exit_code
+    return 0 if fair else 1
+
+
+class Bench:
+    """One benchmark: the model, each side alone, then mode after mode."""
+
+    def __init__(self, config: Config, modes: Sequence[Mode], directory: Path, outputs: Sequence[Path]) -> None:
+        self._config = config
+        self._modes = modes
+        self._directory = directory
+        self._outputs = outputs
+        self._environment = describe_environment()
+        self._began = time.monotonic()
+        self._servers: Servers | None = None
+
+    async def run(self) -> bool:
+        """Whether the contract holds. What is known is written after every mode. Raises ``RunError``."""
+        self._config = config = await self._prepared()
+        before = check_before(self._modes, self._flat_configs(), Path(config.model.path))
+        for clause in before:
+            self._say(str(clause))
+        self._servers = await self._started_servers()
+        try:
+            engine = await self._saturated_engine()
+            separate = {len(mode.learner_devices) for mode in self._modes if not mode.colocated}
+            sizes = sorted(separate or {len(mode.learner_devices) for mode in self._modes})
+            learners = {size: await self._saturated_learner(size) for size in sizes}
+            measurements, failed = [], []
+            for mode in self._modes:
+                try:
+                    measurements.append(await self._measured(mode))
+                except (RunError, ValueError) as problem:  # the others are worth having all the same
+                    failed.append(mode.name)
+                    self._say(f"{mode.name} FAILED: {problem}")
+                if measurements:
+                    clauses = [*before, *check_after(measurements, failed)]
+                    comparison = compare(self._modes, measurements, engine, learners)
+                    self._write(comparison, clauses)
+        finally:
+            if self._servers is not None:
+                await self._servers.close()
+        if not measurements:
+            raise RunError("no mode could be measured")
+        self._print(comparison, clauses)
+        return all(clause.holds for clause in clauses)
+
+    async def _started_servers(self) -> Servers | None:
+        """Those of SGLang, which every mode uses; embedded engines live in their actors."""
+        if self._config.actor.engine != "sglang":
+            return None
+        from slime_async.actors.engine import EngineError
+        from slime_async.cli.bench_servers import start_servers
+
+        try:
+            servers = await start_servers(self._config, self._modes, self._directory / "logs")
+        except EngineError as error:
+            raise RunError(str(error)) from error
+        self._say(servers.identity)
+        return servers
+
+    async def _prepared(self) -> Config:
+        """The configuration with a checkpoint that every mode begins from."""
+        config = prepare_model(self._config, self._directory)
+        if config.warm_start.steps:
+            if not (self._directory / START).is_dir():
+                self._say(f"supervised phase of {config.warm_start.steps} steps, once for all modes")
+                everywhere = range(config.bench.devices)
+                await self._side("warm-start", config, everywhere, threads=config.warm_start.threads)
+            config = _with_model(config, self._directory / START)
+        return config
+
+    def _flat_configs(self) -> dict[str, dict[str, Any]]:
+        return {mode.name: flatten(self._of(mode).model_dump(mode="json")) for mode in self._modes}
+
+    def _of(self, mode: Mode) -> Config:
+        bench = self._config.bench
+        return configure(self._config, mode, self._directory, bench.warmup_s + bench.windows * bench.window_s)
+
+    async def _quiet_servers(self) -> Servers | None:
+        """Without any request or cached prefix; those that do not become quiet are started anew."""
+        if self._servers is None:
+            return None
+        from slime_async.actors.engine import EngineError
+
+        try:
+            await self._servers.quieten()
+        except EngineError as error:
+            self._say(f"the servers do not become quiet, others take their place: {error}")
+            await self._servers.close()
+            self._servers = await self._started_servers()
+        return self._servers
+
+    async def _saturated_engine(self) -> SaturatedEngine:
+        path = self._directory / "saturated-engine.json"
+        if not path.exists():
+            device = max(device for mode in self._modes for device in mode.actor_devices)
+            url = ("--url", self._servers.urls[device]) if self._servers is not None else ()
+            await self._side("engine", self._config, [device], *url)
+        engine = SaturatedEngine.from_plain(json.loads(path.read_text()))
+        rates = ", ".join(f"{rate.tokens_per_s:,.0f} with {rate.running:.0f}" for rate in engine.rates)
+        self._say(f"an engine alone, tokens/s: {rates} requests")
+        return engine
+
+    async def _saturated_learner(self, devices: int) -> SaturatedLearner:
+        kept = self._directory / f"saturated-learner-{devices}.json"
+        if not kept.exists():
+            path = self._directory / "saturated-learner.json"
+            await self._side("learner", self._config, range(devices), ranks=devices)
+            path.rename(kept)
+        learner = SaturatedLearner(**json.loads(kept.read_text()))
+        self._say(f"a learner on {devices} devices, fed from memory: {learner.tokens_per_s:,.0f} tokens/s")
+        return learner
+
+    async def _side(
+        self, side: str, config: Config, devices: Sequence[int], *more: str, ranks: int = 1, threads: int = 1
+    ) -> None:
+        """One side alone, in processes of its own. Raises ``RunError``."""
+        learner = config.learner.model_copy(update={"ranks": ranks, "threads": threads})
+        run = config.run.model_copy(update={"steps": 10**6})
+        file = self._directory / f"{side}.toml"
+        file.write_text(dump_toml(config.model_copy(update={"learner": learner, "run": run})), encoding="utf-8")
+        argv = (
+            *learner_interpreter(ranks),
+            "-m",
+            "slime_async.cli.saturate",
+            side,
+            str(file),
+            str(self._directory),
+            *more,
+        )
+        environment = {**thread_environment(threads), "NCCL_CUMEM_ENABLE": "0"}
+        launcher = LocalLauncher(self._directory / "logs")
+        name = f"{side}-{len(devices)}"
+        process = await launcher.start(on_devices(RoleCommand(name, argv, environment), config, list(devices)))
+        try:
+            async with asyncio.timeout(SIDE_TIMEOUT_S):
+                code = await process.wait()
+        except TimeoutError:
+            raise RunError(f"{name} took longer than {SIDE_TIMEOUT_S:.0f} s; its log is {process.log}") from None
+        finally:
+            await launcher.stop()
+        if code:
+            raise RunError(f"{name} alone failed with exit code {code}; its log is {process.log}")
+
+    async def _measured(self, mode: Mode) -> Measurement:
+        path = self._directory / f"{mode.name.replace(' ', '-').replace(':', '-')}.json"
+        if path.exists():
+            self._say(f"{mode.name}: measured before")
+            return Measurement.from_plain(json.loads(path.read_text()))
+        servers = await self._quiet_servers()
+        urls, identity = (servers.urls, servers.identity) if servers is not None else ({}, "")
+        measurement = await run_mode(self._config, mode, self._directory, urls)
+        measurement = replace(measurement, servers=identity)
+        path.write_text(json.dumps(measurement.to_plain()), encoding="utf-8")
+        speeds = ", ".join(f"{speed:.2f}" for speed in measurement.samples_per_s)
+        self._say(f"{mode.name}: {speeds} samples/s")
+        return measurement
+
+    def _write(self, comparison: Comparison, clauses: Sequence[Clause]) -> None:
+        title = f"{self._config.run.name}: sync against async"
+        hardware = hardware_of(self._environment, self._config)
+        write_page(comparison, clauses, title, hardware, self._directory / "bench.html")
+        text = json.dumps(self._result(comparison, clauses), indent=1) + "\n"
+        for path in self._outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    def _print(self, comparison: Comparison, clauses: Sequence[Clause]) -> None:
+        print(f"\n{hardware_of(self._environment, self._config)}\n")
+        for clause in clauses:
+            print(clause)
+        print(f"\n{table(comparison, self._config.bench.target_accuracy)}\n")
+        for name, value in comparison.figures().items():
+            print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+        print(*self._outputs, self._directory / "bench.html", sep="\n", flush=True)
+
+    def _result(self, comparison: Comparison, clauses: Sequence[Clause]) -> dict[str, Any]:
+        environment = self._environment
+        return {
+            "command": " ".join(["slime-async", *sys.argv[1:]]),
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "machine": hardware_of(environment, self._config),
+            "versions": {"python": environment.python, **environment.packages},
+            "seconds": time.monotonic() - self._began,
+            "figures": comparison.figures(),
+            "contract": [{"text": c.text, "holds": c.holds, "detail": c.detail} for c in clauses],
+            "config": {k: v for k, v in flatten(self._config.model_dump(mode="json")).items() if k not in LOCAL_KEYS},
+            **comparison.to_plain(),
+        }
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:6.1f} s  {text}", flush=True)
+
+
+def _with_model(config: Config, checkpoint: Path) -> Config:
+    warm_start = config.warm_start.model_copy(update={"steps": 0, "control_steps": 0})
+    model = config.model.model_copy(update={"path": str(checkpoint)})
+    return config.model_copy(update={"warm_start": warm_start, "model": model})
+
+
+def hardware_of(environment: Environment, config: Config) -> str:
+    """What every mode had, as anybody would say it."""
+    if on_gpus(config) and environment.gpus:
+        return f"{config.bench.devices}× {environment.gpus[0].name}, {environment.cpus} CPU cores"
+    return f"{config.bench.devices} CPU cores, {platform.machine()}"

@@ -1,0 +1,132 @@
+"""An engine in virtual time: all running requests gain a token per step, and a step takes longer the more there are.
+
+Its *position* counts the steps done since it began; a request that entered at position p with n tokens to sample is
+done at p + n. So nothing has to be said of single tokens: only arrivals, departures, pauses and new weights are events.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+
+from slime_async.simulate.scenario import EngineModel
+
+
+@dataclass(slots=True)
+class Request:
+    """One turn."""
+
+    episode: int
+    """Whose"""
+    tokens: float
+    begun: float = 0.0
+    """The position where it entered"""
+
+
+class SimulatedEngine:
+    """One engine. Every method is told the time, which never runs backwards."""
+
+    def __init__(self, model: EngineModel, step_s: dict[int, float]) -> None:
+        self._model = model
+        self._step_s = step_s
+        """Shared by all engines: seconds of a step by running requests"""
+        self._position = 0.0
+        self._time_s = 0.0
+        self._ends: list[tuple[float, int, Request]] = []
+        self._waiting: deque[Request] = deque()
+        self._versions: list[tuple[float, int]] = []
+        """(position, version) from which on tokens come from it"""
+        self._count = 0
+        self.paused = False
+        self.down = False
+        self.busy_s = 0.0
+        """With any request, not paused"""
+        self.epoch = 0
+        """Changes with everything that moves the next end"""
+
+    @property
+    def running(self) -> int:
+        return len(self._ends)
+
+    def submit(self, request: Request, now: float) -> None:
+        self._advance(now)
+        if self.running < self._model.max_running:
+            self._enter(request)
+        else:
+            self._waiting.append(request)
+
+    def next_end_s(self) -> float:
+        """When the next request is done, if nothing else happens."""
+        if self.paused or self.down or not self._ends:
+            return math.inf
+        return self._time_s + max(0.0, self._ends[0][0] - self._position) * self._seconds()
+
+    def finish(self, now: float) -> list[Request]:
+        """Requests that are done by ``now``."""
+        self._advance(now)
+        done = []
+        while self._ends and self._ends[0][0] <= self._position + 1e-6:
+            done.append(heapq.heappop(self._ends)[2])
+            self.epoch += 1
+            if self._waiting:
+                self._enter(self._waiting.popleft())
+        return done
+
+    def use(self, version: int, now: float) -> None:
+        self._advance(now)
+        self._versions.append((self._position, version))
+
+    def pause(self, now: float, paused: bool) -> None:
+        self._advance(now)
+        self.paused = paused
+        self.epoch += 1
+
+    def fail(self, now: float) -> None:
+        """Everything it had is gone."""
+        self._advance(now)
+        self.down = True
+        self._ends.clear()
+        self._waiting.clear()
+        self.epoch += 1
+
+    def restart(self, version: int, now: float) -> None:
+        self._advance(now)
+        self.down = False
+        self.use(version, now)
+
+    def versions_of(self, request: Request) -> list[tuple[int, float]]:
+        """(version, tokens) of a request that is done, ascending."""
+        end = request.begun + request.tokens
+        first = max(0, bisect_right(self._versions, (request.begun, math.inf)) - 1)
+        found = []
+        for i in range(first, len(self._versions)):
+            start, version = self._versions[i]
+            until = self._versions[i + 1][0] if i + 1 < len(self._versions) else math.inf
+            tokens = min(end, until) - max(request.begun, start)
+            if tokens > 0:
+                found.append((version, tokens))
+            if until >= end:
+                break
+        return found
+
+    def _enter(self, request: Request) -> None:
+        request.begun = self._position
+        self._count += 1
+        heapq.heappush(self._ends, (self._position + request.tokens, self._count, request))
+        self.epoch += 1
+
+    def _advance(self, now: float) -> None:
+        if self._ends and not self.paused and not self.down:
+            self._position += (now - self._time_s) / self._seconds()
+            self.busy_s += now - self._time_s
+        self._time_s = now
+
+    def _seconds(self) -> float:
+        running = len(self._ends)
+        seconds = self._step_s.get(running)
+        if seconds is None:
+            seconds = self._step_s[running] = self._model.step_with(running)
+        return seconds
