@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime_async.learner.megatron.fused import logit_gradient, logit_statistics
+from slime_async.learner.megatron.weight_gradients import WeightGradients, sums_products
 
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 """Of one chunk's logits: enough rows that a GPU's matrix product runs at its full rate"""
@@ -88,10 +89,8 @@ class _TokenLogProbs(torch.autograd.Function):
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(log_z)
         grad_hidden = torch.empty_like(hidden)
-        chunks = _chunks(hidden, weight.size(0))
-        # one chunk's product is the gradient; the sum over several is kept in fp32
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if len(chunks) > 1 else None
-        for i, rows in enumerate(chunks):
+        total, grad_weight = _weight_gradient_buffer(weight)
+        for i, rows in enumerate(_chunks(hidden, weight.size(0))):
             logits = ctx.kept[i] if ctx.kept else hidden[rows] @ weight.t()
             slope = None if grad_entropy is None else grad_entropy[rows]
             grad = logit_gradient(
@@ -101,10 +100,23 @@ class _TokenLogProbs(torch.autograd.Function):
             if ctx.kept:
                 ctx.kept[i] = None
             torch.mm(grad, weight, out=grad_hidden[rows])
-            part = grad.t() @ hidden[rows]
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        assert grad_weight is not None
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            if sums_products(grad, total):
+                WeightGradients.wgrad_gemm_accum_fp32(hidden[rows], grad, total)
+            else:
+                total += grad.t() @ hidden[rows]
+        grad_weight = total.to(weight.dtype) if grad_weight is None else grad_weight
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _weight_gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the chunks' products are summed, in fp32: Megatron's own buffer where it has one for these weights.
+
+    Autograd then gets zeros, so that Megatron's hooks hear of the weights all the same.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None and main_grad.dtype is torch.float32:
+        return main_grad, weight.new_zeros(()).expand_as(weight)
+    return torch.zeros_like(weight, dtype=torch.float32), None
 
 
 def _joined(statistics: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,6 +45,11 @@ def available() -> bool:
     return bool((main_grad == 17.0).all())
 
 
+def sums_products(grad_output: Tensor, main_grad: Tensor) -> bool:
+    """Whether a product of tensors like ``grad_output`` can be added to ``main_grad`` as it is made."""
+    return grad_output.dtype is main_grad.dtype or (grad_output.is_cuda and available())
+
+
 def install(layers: Any) -> None:
     """Give ``megatron.core.tensor_parallel.layers`` what it looks for at import, unless Apex has."""
     if not layers._grad_accum_fusion_available and available():

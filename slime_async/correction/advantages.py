@@ -26,6 +26,8 @@ def group_advantages(config: AlgorithmConfig, rewards: Tensor) -> Tensor:
     if not bool(torch.isfinite(rewards).all()):
         broken = rewards[~torch.isfinite(rewards)][0].item()
         raise ValueError(f"a reward is {broken}: rewards must be finite; return a number from the verifier")
+    if config.advantage == "gae":
+        raise ValueError("advantage = 'gae' comes from a critic's values: see correction.critic.gae")
     if rewards.shape[1] < 2 and config.advantage in ("grpo", "grpo-no-std", "rloo", "reinforce++-baseline"):
         raise ValueError(
             f"advantage = '{config.advantage}' compares within groups, but a group has {rewards.shape[1]} trajectory: "

@@ -52,3 +52,10 @@ def test_experts_and_context_parallel_ranks_hand_over_too(checkpoints: Callable[
 def test_four_ranks_hand_over(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     layouts = [TWO_RANKS["TP2"] | TWO_RANKS["PP2"], TWO_RANKS["TP2"] | DISTRIBUTED, TWO_RANKS["PP2"] | DISTRIBUTED]
     hand_over(layouts, 4, checkpoints("qwen3"), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_interleaved_stages_hand_over(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    stages = {"pipeline_model_parallel_size": 3}
+    layouts = [stages | {"virtual_pipeline_model_parallel_size": 2}, stages | DISTRIBUTED]
+    hand_over([*layouts, layouts[0] | DISTRIBUTED], 3, checkpoints("qwen3-deep"), tmp_path / "out")
