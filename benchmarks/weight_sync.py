@@ -62,6 +62,8 @@ TIMEOUT_S = 120.0
 START_TIMEOUT_S = 400.0
 BEGUN_S = time.monotonic()
 CONTEXT = 4096
+ANSWER_TOKENS = 2048
+"""They outlast all publications"""
 ENGINE_BUFFER_BYTES = WeightsConfig().engine_buffer_bytes
 LAYERS_MEASURED = 8
 """Of the 48 that 30B-A3B has: 10 GB fit beside what is there"""
@@ -313,7 +315,7 @@ def peer(spec: WeightGroupSpec, sizes: Sequence[int], rounds: int) -> None:
 
 
 def _request(i: int) -> GenerateRequest:
-    sampling = SamplingParams(CONTEXT - 64, seed=i)
+    sampling = SamplingParams(ANSWER_TOKENS, seed=i)
     return GenerateRequest(uuid.uuid4().hex, [1 + (7 * i + j) % 30 for j in range(32)], sampling)
 
 
