@@ -92,11 +92,11 @@ def build_model(
     architecture = Architecture.read(checkpoint)
     options = parse_options(config.megatron, world_size_from_environment())
     check_layout(options.layout, architecture, config.megatron)
+    if config.learner.recompute_elementwise:
+        options = with_recomputed_norms(options)
     compat.install()
     device = initialize(options.layout, config.run.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    if config.learner.recompute_elementwise:
-        options = with_recomputed_norms(options)
     model_config = transformer_config(architecture, options, dtype)
     recompute = config.learner.recompute_elementwise
     modules = build_chunks(architecture, model_config, options.layout, recompute_elementwise=recompute)
