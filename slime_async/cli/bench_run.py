@@ -21,6 +21,7 @@ from slime_async.cli.roles import plan_run
 from slime_async.cli.run_directory import JOURNAL, make_run_directory, owned, write_config
 from slime_async.cli.supervise import RunError, RunPlan, Supervisor
 from slime_async.config import Config, ConfigError
+from slime_async.config.checks import SGLANG_KEYS
 from slime_async.protocol import Scalar
 from slime_async.queue.events import Accepted, Leased
 from slime_async.report.run import read_run
@@ -95,10 +96,17 @@ def _actor_device(mode: Mode, name: str) -> int:
     return mode.actor_devices[int(place_of(name).removeprefix("actor-"))]
 
 
+def of_running_servers(config: Config) -> Config:
+    """For a run whose servers are there already: it is refused settings that it cannot give them."""
+    return config.model_copy(update={"sglang": {k: v for k, v in config.sglang.items() if k in SGLANG_KEYS}})
+
+
 async def run_mode(config: Config, mode: Mode, directory: Path, urls: Mapping[int, str]) -> Measurement:
     """Run a mode and measure it. Raises ``RunError`` when it fails."""
     bench = config.bench
     own = configure(config, mode, directory, bench.warmup_s + bench.windows * bench.window_s)
+    if urls:
+        own = of_running_servers(own)
     run = make_run_directory(own, datetime.now())
     with owned(run):
         write_config(own, run)

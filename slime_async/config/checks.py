@@ -10,6 +10,9 @@ from slime_async.config.schema import Config
 
 FUNCTION_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
+SGLANG_KEYS = frozenset({"api_key", "admin_api_key"})
+"""Fields of ``[sglang]`` that are needed to speak to a server, too"""
+
 
 def complaints(config: Config) -> list[str]:
     """Everything that cannot work, in the schema's order; empty when the configuration is sound."""
@@ -126,7 +129,7 @@ def _engines(config: Config) -> Iterator[str]:
     for url in actor.engine_urls:
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):
             yield f"actor.engine_urls: {url!r} is no URL: write http://HOST:PORT"
-    if actor.engine_urls and (idle := config.sglang.keys() - {"api_key", "admin_api_key"}):
+    if actor.engine_urls and (idle := config.sglang.keys() - SGLANG_KEYS):
         yield (
             f"[sglang] sets {', '.join(sorted(idle))}, but the servers of actor.engine_urls are started elsewhere: "
             "give it to them there; api_key and admin_api_key belong here"

@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 
 from slime_async.bench.modes import configure, differences, modes_of
-from slime_async.config import Config, ConfigError
+from slime_async.cli.bench_run import of_running_servers
+from slime_async.config import Config, ConfigError, load_config
+from slime_async.config.checks import complaints
 from slime_async.report.run import flatten
+
+TWO_GPUS = Path(__file__).parents[2] / "examples" / "bench" / "heavy_tailed_2gpus.toml"
 
 
 def config(**bench: Any) -> Config:
@@ -64,3 +68,11 @@ def test_any_other_difference_is_named() -> None:
     assert differences({"learner.learning_rate": 1.0, "run.name": "a"}, {"learner.learning_rate": 2.0}) == [
         "learner.learning_rate"
     ]
+
+
+def test_a_run_on_running_servers_is_given_nothing_that_belongs_to_their_start() -> None:
+    config = load_config(TWO_GPUS, {("sglang", "api_key"): "secret"})
+    own = of_running_servers(config)
+    urls = own.actor.model_copy(update={"count": 1, "engine_urls": ("http://127.0.0.1:1",)})
+    assert own.sglang == {"api_key": "secret"}
+    assert not [c for c in complaints(own.model_copy(update={"actor": urls})) if "sglang" in c]
