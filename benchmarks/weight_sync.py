@@ -62,7 +62,7 @@ TIMEOUT_S = 120.0
 START_TIMEOUT_S = 400.0
 BEGUN_S = time.monotonic()
 CONTEXT = 4096
-ANSWER_TOKENS = 2048
+ANSWER_TOKENS = 384
 """They outlast all publications"""
 ENGINE_BUFFER_BYTES = WeightsConfig().engine_buffer_bytes
 LAYERS_MEASURED = 8
