@@ -8,6 +8,9 @@ from slime_async.correction.diagnostics import STALENESS_LABELS, MetricSums
 from slime_async.telemetry.families import FAMILY_METRICS
 from slime_async.telemetry.metrics import FAMILIES, METRICS
 
+OF_SOME_MODELS = ("router/", "critic/")
+"""Families that the learner adds where there are experts or a critic; their tests know their names"""
+
 
 def produced() -> set[str]:
     """Names of the diagnostics, as the learner gets them."""
@@ -20,7 +23,7 @@ def test_every_diagnostic_has_its_line_in_the_documentation() -> None:
     suffixes = tuple(f"/staleness_{label}" for label in STALENESS_LABELS)
     names = {name.removesuffix(next((s for s in suffixes if name.endswith(s)), "")) for name in produced()}
     assert names - METRICS.keys() - FAMILY_METRICS.keys() == set()
-    assert FAMILY_METRICS.keys() - names == set()
+    assert {name for name in FAMILY_METRICS.keys() - names if not name.startswith(OF_SOME_MODELS)} == set()
     assert all(name.startswith(tuple(FAMILIES)) for name in FAMILY_METRICS)
 
 
