@@ -13,7 +13,10 @@ import numpy as np
 from slime_async.actors.engine import EngineError
 from slime_async.routing import Routes
 
-REMEDY = "servers must run with --enable-return-routed-experts and the model of model.path, or set actor.record_routing = false"
+REMEDY = (
+    "its server must run with --enable-return-routed-experts and the model of model.path; else set "
+    "actor.record_routing = false"
+)
 
 
 @dataclass(frozen=True, slots=True)
