@@ -30,12 +30,9 @@ class RoutingShape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RoutingShape | None:
         """Of a model by its ``config.json``; None where it is no mixture of experts."""
-        sizes = (
-            config.get("num_hidden_layers"),
-            config.get("num_experts_per_tok"),
-            config.get("num_experts") or config.get("num_local_experts"),
-        )
-        return cls(*map(int, sizes)) if all(sizes) else None
+        layers, per_token = config.get("num_hidden_layers"), config.get("num_experts_per_tok")
+        experts = config.get("num_experts") or config.get("num_local_experts")
+        return cls(layers, per_token, experts) if layers and per_token and experts else None
 
     def rows(self, meta: Mapping[str, Any], num_tokens: int) -> Routes | None:
         """The record of a finished answer: of all ``num_tokens`` of prompt and answer but the last, which nobody read.
