@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
+from slime_async.routing import Routes
 from slime_async.trajectory import VersionSpan, WeightId
 
 BusySpan = Callable[[int, int], None]
@@ -70,6 +71,8 @@ class Generation:
     spans: tuple[VersionSpan, ...]
     finish_reason: str
     """``stop``, ``length`` or ``abort``"""
+    routed_experts: Routes | None = None
+    """Of all tokens, the prompt's too, from engines that record it; None also where an answer broke off unrecorded"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
         buffer_bytes=config.weights.engine_buffer_bytes,
         api_key=str(keys.get("api_key", "")),
         admin_key=str(keys.get("admin_api_key", "")),
+        record_routing=actor.record_routing,
         on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
     )
 
@@ -85,7 +86,9 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
     if actor.engine_urls:
         return [external(url) for url in actor.engine_urls]
     check_installed()
-    arguments = server_arguments(checkpoint, config.sampling.max_context_tokens, config.sglang)
+    arguments = server_arguments(
+        checkpoint, config.sampling.max_context_tokens, config.sglang, record_routing=actor.record_routing
+    )
     try:
         shares = share_devices(actor.devices, actor.engines, num_ranks(config.sglang))
     except ValueError as error:
@@ -94,7 +97,12 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
 
 
 def server_arguments(
-    checkpoint: Path, max_context: int, arguments: Mapping[str, Any], weights: WeightId | None = None
+    checkpoint: Path,
+    max_context: int,
+    arguments: Mapping[str, Any],
+    weights: WeightId | None = None,
+    *,
+    record_routing: bool = False,
 ) -> tuple[str, ...]:
     """The command line of a server. Without ``weights`` it starts with random ones, and waits for a broadcast."""
     ours: dict[str, Any] = {
@@ -103,6 +111,7 @@ def server_arguments(
         "incremental_streaming_output": True,
         "context_length": min(max_context + CONTEXT_MARGIN_TOKENS, ModelFacts.read(checkpoint).max_positions),
         "stream_interval": features_of(installed_version()).stream_interval,
+        "enable_return_routed_experts": record_routing,
     }
     ours |= {"load_format": "dummy"} if weights is None else {"weight_version": weight_label(weights)}
     return tuple(command_line({**ours, **arguments}))

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from slime_async import branches
 from slime_async.actors.turn import Turn, merge_spans, shift_spans
+from slime_async.routing import ROUTED_EXPERTS, Routes, lay_out
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan
 
 
@@ -42,7 +43,7 @@ class Episode:
     finish_reason: str
     metrics: dict[str, float] = field(default_factory=dict)
     extras: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """Branches, where there are several (``slime_async.branches``)"""
+    """Branches, where there are several (``slime_async.branches``); routed experts, where the engine recorded them"""
 
     def to_trajectory(self, task: TaskRef, sample: int, attempt: int) -> Trajectory:
         """The episode as the learner gets it."""
@@ -79,6 +80,8 @@ class BranchBuilder:
         self._spans: list[VersionSpan] = []
         self._turn_rewards: dict[int, float] = {}
         """By position of the turn's last token"""
+        self._routes: list[tuple[int, Routes]] = []
+        """Each turn's, by the position after its last token"""
 
     @property
     def token_ids(self) -> list[int]:
@@ -107,13 +110,17 @@ class BranchBuilder:
         self._logprobs.extend([0.0] * len(inserted) + (list(turn.logprobs) if trained else [0.0] * n))
         if trained and n:
             self._spans += shift_spans(turn.spans, start)
+        if turn.routed_experts is not None:
+            self._routes.append((start + n, turn.routed_experts))
         if reward:
             self._turn_rewards[start + n - 1] = reward
         self._top.last_turn_ended(turn.finish_reason)
 
     def fork(self, role: str | None = None) -> BranchBuilder:
         """A branch that goes on from the tokens so far; they are context there, whoever sampled them."""
-        return self._top.begin(BranchBuilder(self._top, self.role if role is None else role, self._token_ids))
+        fork = BranchBuilder(self._top, self.role if role is None else role, self._token_ids)
+        fork._routes += self._routes
+        return self._top.begin(fork)
 
     def branch(self, role: str = "") -> BranchBuilder:
         """A branch that begins from nothing: another role's view, or a history that was rewritten."""
@@ -186,6 +193,11 @@ class EpisodeBuilder(BranchBuilder):
         }
         token_ids = np.concatenate([np.asarray(branch._token_ids, dtype=np.int32) for branch in kept])
         extras, earned = _extras(kept, starts, token_rewards, len(token_ids))
+        records = [
+            (int(start) + end, rows) for branch, start in zip(kept, starts, strict=True) for end, rows in branch._routes
+        ]
+        if (routes := lay_out(records, len(token_ids))) is not None:
+            extras[ROUTED_EXPERTS] = routes
         return Episode(
             token_ids=token_ids,
             loss_mask=np.concatenate([np.frombuffer(branch._loss_mask, dtype=np.uint8) for branch in kept]),

@@ -19,6 +19,7 @@ from typing import Protocol
 from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
 from slime_async.actors.environment import ContextFullError, EpisodeTruncated
 from slime_async.actors.turn import Turn, merge_spans, shift_spans
+from slime_async.routing import NOT_RECORDED, Routes, lay_out
 from slime_async.trajectory import VersionSpan
 
 ABORT_GRACE_S = 30.0
@@ -134,6 +135,7 @@ class EnginePolicy:
         output_ids: list[int] = []
         logprobs: list[float] = []
         spans: list[VersionSpan] = []
+        records: list[tuple[int, Routes]] = []
         times = [t for t in (self._limits.turn_timeout_s, self.time_left_s) if t is not None]
         deadline = self._clock() + min(times) if times else None
         while True:
@@ -149,6 +151,8 @@ class EnginePolicy:
                 spans += shift_spans(part.spans, len(output_ids))
             output_ids += part.output_ids
             logprobs += part.logprobs
+            if part.routed_experts is not None:
+                records.append((len(prompt_ids) + len(output_ids), part.routed_experts))
             if part.finish_reason != "abort":
                 finish_reason = part.finish_reason
                 break
@@ -159,7 +163,20 @@ class EnginePolicy:
                 finish_reason = "deadline"
                 break
             self.resubmissions += 1
-        return Turn(prompt_ids, output_ids, array("d", logprobs), merge_spans(spans), finish_reason)
+        routes = lay_out(records, len(prompt_ids) + len(output_ids))
+        if routes is not None and (known := self._recorded_tokens(prompt_ids)):
+            routes = routes[known:].copy()  # a view would keep what it leaves out
+        return Turn(prompt_ids, output_ids, array("d", logprobs), merge_spans(spans), finish_reason, routes)
+
+    def _recorded_tokens(self, prompt_ids: array[int]) -> int:
+        """Tokens at the prompt's beginning whose experts an earlier turn has: each keeps only what is new in it."""
+        for turn in reversed(self.turns):
+            if turn.routed_experts is None or (turn.routed_experts[:-1] == NOT_RECORDED).any():
+                continue
+            before = array("i", [*turn.prompt_ids, *turn.output_ids])
+            if prompt_ids[: len(before)] == before:
+                return len(before) - 1
+        return 0
 
     async def _generate(self, request: GenerateRequest, deadline: float | None) -> tuple[Generation, bool]:
         """The engine's answer, and whether it came by itself before ``deadline``; it is told to stop at that time."""

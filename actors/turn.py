@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from slime_async.routing import Routes
 from slime_async.trajectory import VersionSpan
 
 
@@ -12,7 +13,7 @@ from slime_async.trajectory import VersionSpan
 class Turn:
     """One answer of the policy; N tokens were sampled.
 
-    Raises ``ValueError`` when log-probs or spans do not fit the tokens.
+    Raises ``ValueError`` when log-probs, spans or routed experts do not fit the tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -25,6 +26,8 @@ class Turn:
     """Count from the first sampled token (0)"""
     finish_reason: str
     """``stop``, ``length`` (a token limit), or ``deadline`` (a time limit: the answer is what was sampled by then)"""
+    routed_experts: Routes | None = None
+    """Of the last tokens of prompt and answer together; those before are an earlier turn's, which this one extends"""
 
     def __post_init__(self) -> None:
         n = len(self.output_ids)
@@ -33,6 +36,10 @@ class Turn:
         starts = [span.first_token for span in self.spans]
         if n and (starts[:1] != [0] or starts != sorted(set(starts)) or starts[-1] >= n):
             raise ValueError(f"version spans start at {starts}: must start at 0, ascend and lie within {n} tokens")
+        if self.routed_experts is not None and len(self.routed_experts) > len(self.prompt_ids) + n:
+            raise ValueError(
+                f"{len(self.routed_experts)} rows of routed experts for {len(self.prompt_ids)} + {n} tokens"
+            )
 
 
 def shift_spans(spans: Iterable[VersionSpan], offset: int) -> list[VersionSpan]:

@@ -10,6 +10,8 @@ here, and the learner takes the same experts, with its own router's probabilitie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +20,28 @@ from slime_async.trajectory import Trajectory
 ROUTED_EXPERTS = "routed_experts"
 NOT_RECORDED = -1
 
+Routes = NDArray[np.int16]
+"""[tokens, layers, experts per token]"""
 
-def routed_experts(trajectory: Trajectory) -> NDArray[np.int16] | None:
+
+def lay_out(records: Sequence[tuple[int, Routes]], num_tokens: int) -> Routes | None:
+    """One column out of what several passes over the same ``num_tokens`` tokens recorded; None where none did.
+
+    A record is (position after its last row, rows). The first that has a row counts: it is that of the pass which
+    sampled the token, where later ones only read it again. Raises ``ValueError`` for records of several models.
+    """
+    if not records:
+        return None
+    shapes = sorted({rows.shape[1:] for _, rows in records})
+    if len(shapes) != 1:
+        raise ValueError(f"routed experts of shapes (layers, experts per token) {shapes}: one episode has one model")
+    column = np.full((num_tokens, *shapes[0]), NOT_RECORDED, dtype=np.int16)
+    for end, rows in reversed(records):
+        np.copyto(column[end - len(rows) : end], rows, where=rows != NOT_RECORDED)
+    return column
+
+
+def routed_experts(trajectory: Trajectory) -> Routes | None:
     """The column, or None where the engine reported none. Raises ``ValueError`` where it is no such column."""
     column = trajectory.extras.get(ROUTED_EXPERTS)
     if column is None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from slime_async.actors.engine import GenerateRequest, Generation, PauseMode
 from slime_async.actors.sglang.client import Chunk
+from slime_async.actors.sglang.routing import RoutingShape
 from slime_async.actors.sglang.versions import ChunkStamps, exact_spans, reported_spans
 from slime_async.actors.turn import merge_spans, shift_spans
+from slime_async.routing import Routes, lay_out
 from slime_async.trajectory import VersionSpan, WeightId
 
 
@@ -17,6 +19,8 @@ class Answer:
     """One request and what was sampled for it, over as many submissions as it takes."""
 
     request: GenerateRequest
+    routing: RoutingShape | None = None
+    """Of the experts to be recorded; None where none are"""
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     submitted: bool = False
@@ -32,6 +36,7 @@ class Answer:
     """Where the current submission's tokens begin"""
     _sent_under: WeightId | None = None
     _stamps: ChunkStamps = field(default_factory=ChunkStamps)
+    _routes: list[tuple[int, Routes]] = field(default_factory=list)
 
     @property
     def sampling_now(self) -> bool:
@@ -67,5 +72,15 @@ class Answer:
         self._spans += shift_spans(exact_spans(spans, self._sent_under, late, count), self._first)
         self._first, self.submitted = len(self.output_ids), False
 
+    def record(self, chunk: Chunk) -> None:
+        """Keep the routed experts of a submission's last chunk. Raises ``EngineError`` where they are missing."""
+        if self.routing is not None and (rows := self.routing.rows(chunk.meta, self._num_tokens)) is not None:
+            self._routes.append((len(rows), rows))
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
     def generation(self, finish_reason: str) -> Generation:
-        return Generation(self.output_ids, self.logprobs, merge_spans(self._spans), finish_reason)
+        routes = lay_out(self._routes, self._num_tokens)
+        return Generation(self.output_ids, self.logprobs, merge_spans(self._spans), finish_reason, routes)

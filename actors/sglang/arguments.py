@@ -28,6 +28,7 @@ RESERVED = {
     "context_length": "it follows from sampling.max_context_tokens",
     "skip_tokenizer_init": "actors speak in token ids",
     "incremental_streaming_output": "answers are streamed in pieces",
+    "enable_return_routed_experts": "set actor.record_routing",
     "dp_size": "an engine is one copy of the weights: set actor.engines",
     "data_parallel_size": "an engine is one copy of the weights: set actor.engines",
     "base_gpu_id": "set actor.devices",

@@ -15,8 +15,8 @@ from slime_async.actors.engine import EngineError, GenerateRequest
 
 CONNECT_TIMEOUT_S = 10.0
 HTTP_OK, HTTP_NOT_FOUND = 200, 404
-EVENT_BYTES = 64 << 20
-"""The longest streamed event; a whole answer of 128k tokens takes 8 MB"""
+EVENT_BYTES = 1 << 30
+"""The longest streamed event; a whole answer of 128k tokens takes 8 MB, its routed experts up to half a GB"""
 
 
 class EngineRefused(EngineError):
@@ -93,11 +93,14 @@ class SGLangClient:
 
     async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events, each one JSON object; read by hand, as aiohttp's lines end at 64 kB."""
-        buffer = b""
+        buffer = bytearray()
         async for data in response.content.iter_any():
-            *events, buffer = (buffer + data).split(b"\n\n")
-            for event in events:
-                text = event.strip().removeprefix(b"data:").strip()
+            searched = max(0, len(buffer) - 1)  # large events come in many pieces: none is looked at twice
+            buffer += data
+            while (end := buffer.find(b"\n\n", searched)) >= 0:
+                text = bytes(buffer[:end]).strip().removeprefix(b"data:").strip()
+                del buffer[: end + 2]
+                searched = 0
                 if text and text != b"[DONE]":
                     yield json.loads(text)
             if len(buffer) > EVENT_BYTES:
@@ -155,7 +158,9 @@ class _Call:
         return EngineError(f"{self._name}: {self._path}: {type(error).__name__}: {error}")
 
 
-def generate_body(request: GenerateRequest, max_new_tokens: int, cache_key: str, *, seeded: bool) -> dict[str, Any]:
+def generate_body(
+    request: GenerateRequest, max_new_tokens: int, cache_key: str, *, seeded: bool, record_routing: bool
+) -> dict[str, Any]:
     """The body of ``/generate``. ``seeded``: the server samples by seed and absolute position."""
     sampling = request.sampling
     params: dict[str, Any] = {
@@ -177,6 +182,7 @@ def generate_body(request: GenerateRequest, max_new_tokens: int, cache_key: str,
         "sampling_params": params,
         "return_logprob": True,
         "extra_key": cache_key,
+        **({"return_routed_experts": True} if record_routing else {}),
     }
 
 

@@ -35,6 +35,7 @@ from slime_async.actors.engine import (
 from slime_async.actors.sglang.answers import Answer
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body
 from slime_async.actors.sglang.model import ModelFacts
+from slime_async.actors.sglang.routing import REMEDY
 from slime_async.actors.sglang.server import POLL_S, LaunchSpec, ServerProcess
 from slime_async.actors.sglang.updates import CONTROL_TIMEOUT_S, ServerStuck, WeightUpdates
 from slime_async.actors.sglang.versions import (
@@ -75,19 +76,24 @@ class SGLangEngine:
         buffer_bytes: int = 8 << 30,
         api_key: str = "",
         admin_key: str = "",
+        record_routing: bool = False,
         on_busy: BusySpan | None = None,
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
 
-        Weights come in calls of at most ``buffer_bytes``.
+        Weights come in calls of at most ``buffer_bytes``. ``record_routing``: answers say which experts they took.
 
-        Raises ``ValueError`` for checkpoints that name no vocabulary, and unless one of ``launch``, ``url`` is given.
+        Raises ``ValueError`` for checkpoints that name no vocabulary, for experts to be recorded of a model that has
+        none, and unless one of ``launch``, ``url`` is given.
         """
         if (launch is None) == (not url):
             raise ValueError(f"engine {engine_id}: give either a way to launch a server or the URL of one")
         self.engine_id = engine_id
         self._name = f"engine {engine_id}"
         self._model = ModelFacts.read(checkpoint)
+        if record_routing and self._model.routing is None:
+            raise ValueError(f"{checkpoint} is no mixture of experts: set actor.record_routing = false")
+        self._routing = self._model.routing if record_routing else None
         self._max_context = min(max_context, self._model.max_positions)
         self._launch, self._url = launch, url
         self._keys = {"api_key": api_key, "admin_key": admin_key}
@@ -134,6 +140,8 @@ class SGLangEngine:
             client = self._client = SGLangClient(server.url, self._name, ready_paths=READY_PATHS_OWN, **self._keys)
             await server.wait_ready(lambda: client.ready(HEALTH_TIMEOUT_S), self._startup_timeout_s)
         info = await client.server_info(CONTROL_TIMEOUT_S)
+        if self._routing is not None and not info.get("enable_return_routed_experts"):
+            raise EngineError(f"the server at {client.url} does not record routed experts: {REMEDY}")
         self._features = features_of(str(info.get("version")))
         self._overlap = not info.get("disable_overlap_schedule", False)
         self._seeded = bool(info.get("enable_deterministic_inference", False))
@@ -196,7 +204,7 @@ class SGLangEngine:
         self._check_alive()
         if request.request_id in self._answers:
             raise ValueError(f"request {request.request_id} runs already: ids must be unique (UUIDs)")
-        answer = self._answers[request.request_id] = Answer(request)
+        answer = self._answers[request.request_id] = Answer(request, self._routing)
         try:
             return await self._answer(answer)
         except EngineRefused:
@@ -231,7 +239,13 @@ class SGLangEngine:
     async def _submit(self, answer: Answer, weights: WeightId, max_new_tokens: int) -> str:
         """One exchange with the server; why it ended."""
         client = self._check_alive()
-        body = generate_body(answer.submit(weights), max_new_tokens, cache_key(weights), seeded=self._seeded)
+        body = generate_body(
+            answer.submit(weights),
+            max_new_tokens,
+            cache_key(weights),
+            seeded=self._seeded,
+            record_routing=self._routing is not None,
+        )
         self._note_business()
         if not any(other.submitted for other in self._answers.values() if other is not answer):
             self._progress_at = time.monotonic()  # nothing was asked of the server before
@@ -251,6 +265,7 @@ class SGLangEngine:
             await self._notify()
         assert finished is not None
         assert finished.finish_reason is not None
+        answer.record(finished)
         return finished.finish_reason
 
     def _note_business(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_async.actors.embedded.checkpoint import read_shapes
+from slime_async.actors.sglang.routing import RoutingShape
 from slime_async.protocol import WeightManifest
 
 HEAD = "lm_head.weight"
@@ -21,6 +22,8 @@ class ModelFacts:
     checkpoint: Path
     vocab_size: int
     max_positions: int
+    routing: RoutingShape | None
+    """None where the model is no mixture of experts"""
 
     @classmethod
     def read(cls, checkpoint: Path) -> ModelFacts:
@@ -33,7 +36,7 @@ class ModelFacts:
         for key in ("vocab_size", "max_position_embeddings"):
             if not isinstance(text.get(key), int):
                 raise ValueError(f"{path} has no {key}: is it a decoder's?")
-        return cls(checkpoint, text["vocab_size"], text["max_position_embeddings"])
+        return cls(checkpoint, text["vocab_size"], text["max_position_embeddings"], RoutingShape.of(text))
 
     def check_manifest(self, manifest: WeightManifest) -> None:
         """Raises ``ValueError`` with the name of the first tensor that is missing, unknown or of another shape.

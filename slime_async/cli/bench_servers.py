@@ -61,7 +61,9 @@ async def start_servers(config: Config, modes: Sequence[Mode], logs: Path) -> Se
     check_arguments(config.sglang)
     devices = sorted({device for mode in modes for device in mode.actor_devices})
     checkpoint, context = Path(config.model.path), config.sampling.max_context_tokens
-    arguments = server_arguments(checkpoint, context, config.sglang, WeightId(0, 0))
+    arguments = server_arguments(
+        checkpoint, context, config.sglang, WeightId(0, 0), record_routing=config.actor.record_routing
+    )
     servers = Servers({}, f"{datetime.now(UTC):%H:%M:%S} UTC")
     try:
         for device in devices:

@@ -125,6 +125,8 @@ def _engines(config: Config) -> Iterator[str]:
             )
         if config.sglang:
             yield f"[sglang] sets {', '.join(config.sglang)}, but actor.engine = 'embedded' has no SGLang server"
+        if actor.record_routing:
+            yield "actor.record_routing = true needs actor.engine = 'sglang': the embedded engine runs no experts"
         return
     for url in actor.engine_urls:
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", url):

@@ -136,6 +136,9 @@ class ActorConfig(Section):
     """GPUs of this machine's actors, in order, shared out among their SGLang servers; empty: what CUDA shows"""
     engine_stall_timeout_s: PositiveFloat = 120.0
     """An SGLang server that has requests and samples nothing for this long is taken for hung, and restarted"""
+    record_routing: bool = False
+    """SGLang servers report which experts each token took, for learner.replay_routing; external ones need
+    --enable-return-routed-experts"""
     health_interval_s: PositiveFloat = 5.0
     """Between two health checks of each engine"""
     slots: PositiveInt = 128

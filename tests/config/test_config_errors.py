@@ -190,6 +190,7 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     ("settings", "complaint"),
     [
         ({("actor", "engine_urls"): ["http://a:1"]}, r"http://a:1.* name SGLang servers.*set actor\.engine = 'sglang'"),
+        ({("actor", "record_routing"): True}, r"record_routing = true needs actor\.engine = 'sglang'"),
         ({("sglang", "tp_size"): 2}, r"\[sglang\] sets tp_size, but actor\.engine = 'embedded'"),
         (
             {("actor", "engine"): "sglang", ("actor", "engine_urls"): ["a:1"]},
