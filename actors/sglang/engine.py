@@ -146,8 +146,8 @@ class SGLangEngine:
         self._overlap = not info.get("disable_overlap_schedule", False)
         if self._routing is not None and self._overlap and not self._features.records_overlapped:
             raise EngineError(
-                f"SGLang {self._features.version} records routed experts wrongly under overlap scheduling: start it with "
-                "--disable-overlap-schedule, or install 0.5.23"
+                f"SGLang {self._features.version} records routed experts wrongly under overlap scheduling: start it "
+                "with --disable-overlap-schedule, or install 0.5.23"
             )
         self._seeded = bool(info.get("enable_deterministic_inference", False))
         self.num_ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
