@@ -105,13 +105,15 @@ def server_arguments(
     record_routing: bool = False,
 ) -> tuple[str, ...]:
     """The command line of a server. Without ``weights`` it starts with random ones, and waits for a broadcast."""
+    features = features_of(installed_version())
     ours: dict[str, Any] = {
         "model_path": str(checkpoint),
         "skip_tokenizer_init": True,
         "incremental_streaming_output": True,
         "context_length": min(max_context + CONTEXT_MARGIN_TOKENS, ModelFacts.read(checkpoint).max_positions),
-        "stream_interval": features_of(installed_version()).stream_interval,
+        "stream_interval": features.stream_interval,
         "enable_return_routed_experts": record_routing,
+        "disable_overlap_schedule": record_routing and not features.records_overlapped,
     }
     ours |= {"load_format": "dummy"} if weights is None else {"weight_version": weight_label(weights)}
     return tuple(command_line({**ours, **arguments}))

@@ -144,6 +144,11 @@ class SGLangEngine:
             raise EngineError(f"the server at {client.url} does not record routed experts: {REMEDY}")
         self._features = features_of(str(info.get("version")))
         self._overlap = not info.get("disable_overlap_schedule", False)
+        if self._routing is not None and self._overlap and not self._features.records_overlapped:
+            raise EngineError(
+                f"SGLang {self._features.version} records routed experts wrongly under overlap scheduling: start it "
+                "with --disable-overlap-schedule, or install 0.5.23"
+            )
         self._seeded = bool(info.get("enable_deterministic_inference", False))
         self.num_ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
         self._updates = WeightUpdates(client, self._features, self._name, self._buffer_bytes)

@@ -7,7 +7,7 @@ release  what changed
 0.5.20   ``meta_info.weight_versions``: which output tokens came from which weights; ``/ready``
 0.5.21   updates need ``/begin_weight_update`` … ``/end_weight_update``; the cache can be flushed while requests are
          retracted (before, that ends the engine)
-0.5.23   the newest tested
+0.5.23   the newest tested; routed experts are right under overlap scheduling (in 0.5.16 the next step overwrites them)
 =======  ==========================================================================================
 
 Weights are named to SGLang, and in its answers, as ``INCARNATION.VERSION``.
@@ -38,6 +38,7 @@ OLDEST = (0, 5, 16)
 NEWEST = (0, 5, 23)
 SPANS_SINCE = (0, 5, 20)
 SESSIONS_SINCE = (0, 5, 21)
+RECORDS_OVERLAPPED_SINCE = (0, 5, 23)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Features:
     """Updates stand between ``/begin_weight_update`` and ``/end_weight_update``"""
     flushes_retracted: bool
     """``retract`` gives up prefix-cache entries as well; else requests are resubmitted by the client"""
+    records_overlapped: bool
+    """Routed experts are recorded rightly under overlap scheduling; else it has to be off for that"""
 
     @property
     def stream_interval(self) -> int:
@@ -75,6 +78,7 @@ def features_of(version: str) -> Features:
         spans=release >= SPANS_SINCE,
         sessions=release >= SESSIONS_SINCE,
         flushes_retracted=release >= SESSIONS_SINCE,
+        records_overlapped=release >= RECORDS_OVERLAPPED_SINCE,
     )
 
 

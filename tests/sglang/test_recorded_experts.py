@@ -133,6 +133,16 @@ def test_a_server_that_does_not_record_is_refused_at_the_start(checkpoint: Path)
     run(test())
 
 
+def test_an_old_release_that_overlaps_would_record_wrongly_and_is_refused(checkpoint: Path) -> None:
+    async def test() -> None:
+        arguments = {"enable_return_routed_experts": True, "disable_overlap_schedule": False}
+        with pytest.raises(EngineError, match=r"0\.5\.16 records routed experts wrongly.*--disable-overlap-schedule"):
+            async with serving(checkpoint, record_routing=True, arguments=arguments, version="0.5.16"):
+                pass
+
+    run(test())
+
+
 def test_a_model_without_experts_has_nothing_to_record(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps({"vocab_size": 100, "max_position_embeddings": 64}))
     with pytest.raises(ValueError, match=r"is no mixture of experts: set actor\.record_routing = false"):
@@ -146,5 +156,8 @@ def test_servers_are_started_with_the_argument_that_makes_them_record(
     flag = "--enable-return-routed-experts"
     assert flag in server_arguments(checkpoint, 32, {}, record_routing=True)
     assert flag not in server_arguments(checkpoint, 32, {})
+    assert "--disable-overlap-schedule" not in server_arguments(checkpoint, 32, {}, record_routing=True)
+    monkeypatch.setattr("slime_async.actors.engines.installed_version", lambda: "0.5.16")
+    assert "--disable-overlap-schedule" in server_arguments(checkpoint, 32, {}, record_routing=True)
     with pytest.raises(ConfigError, match=r"enable_return_routed_experts cannot be set: set actor\.record_routing"):
         check_arguments({"enable_return_routed_experts": True})
