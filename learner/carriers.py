@@ -12,7 +12,7 @@ from slime_async.config.schema import WeightsConfig
 from slime_async.learner.commands import Call, EngineCommands
 from slime_async.learner.snapshots import Snapshot
 from slime_async.protocol import EngineInfo, JoinWeightGroup, Message, ReceiveWeights
-from slime_async.transport.shared_tensors import share_tensor
+from slime_async.transport.shared_tensors import Shares
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError, host_group
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class MemoryCarrier:
     def __init__(self, commands: EngineCommands, config: WeightsConfig) -> None:
         self._commands = commands
         self._config = config
+        self._shares = Shares()
 
     def connect(self, engines: tuple[EngineInfo, ...]) -> None:
         """Raises ``ValueError`` for engines that are spread over devices: one of them is the learner's at most."""
@@ -113,7 +114,7 @@ class MemoryCarrier:
         snapshot.wait_filled(self._config.timeout_s)
 
         def command(engine: EngineInfo) -> ReceiveWeights:
-            shared = tuple(share_tensor(tensor) for tensor in snapshot.tensors)  # a handle is opened once
+            shared = tuple(map(self._shares.share, snapshot.tensors))
             return ReceiveWeights(engine.engine_id, snapshot.manifest, snapshot.weights, shared)
 
         return self._commands.finish(self._commands.begin_all(engines, command))

@@ -85,9 +85,12 @@ class Snapshot:
 
     def arriving(self, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) as they are filled; on CUDA the current stream waits, not the caller."""
+        awaited = None
         for i, (spec, tensor) in enumerate(zip(self.manifest.tensors, self.tensors, strict=True)):
-            if self.filling is not None and (event := self.filling.wait(i + 1, timeout_s)) is not None:
+            event = None if self.filling is None else self.filling.wait(i + 1, timeout_s)
+            if event is not None and event is not awaited:  # tensors of one bucket share theirs
                 torch.cuda.current_stream(tensor.device).wait_event(event)
+                awaited = event
             yield spec.name, tensor
 
     def wait_begun(self, timeout_s: float) -> None:

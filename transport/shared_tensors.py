@@ -33,20 +33,33 @@ class Reduction:
         return self.function(*arguments)
 
 
-def share_tensor(tensor: Tensor) -> SharedTensor:
-    """A handle that one process may open once. The tensor must be contiguous, and outlive whoever opens it.
+class Shares:
+    """Handles to tensors whose memory stays for as long as this lives.
 
-    On the CPU its whole storage moves to shared memory the first time.
+    On a GPU an allocation is shared once, however many tensors lie in it and however often they are opened: each time
+    would cost a call to the driver, and an event of which a process has a thousand. So whoever opens one waits for
+    nothing that is still being written: hand handles out after that.
     """
-    if not tensor.is_contiguous():
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous: share a copy of it")
-    storage: Any = tensor.untyped_storage()
-    if tensor.is_cuda:
-        memory: CudaMemory | HostMemory = CudaMemory(*storage._share_cuda_())
-    else:
-        memory = HostMemory(*storage._share_filename_cpu_())
-        storage._shared_incref()  # whoever opens it gives this one back
-    return SharedTensor(int(tensor.storage_offset()), memory)
+
+    def __init__(self) -> None:
+        self._allocations: dict[int, tuple[Any, CudaMemory]] = {}
+
+    def share(self, tensor: Tensor) -> SharedTensor:
+        """A handle that, on the CPU, one process may open once. Raises ``ValueError`` for one that is not contiguous.
+
+        On the CPU the tensor's whole storage moves to shared memory the first time.
+        """
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous: share a copy of it")
+        storage: Any = tensor.untyped_storage()
+        if not tensor.is_cuda:
+            memory = HostMemory(*storage._share_filename_cpu_())
+            storage._shared_incref()  # whoever opens it gives this one back
+            return SharedTensor(int(tensor.storage_offset()), memory)
+        known = self._allocations.get(storage.data_ptr())
+        if known is None:
+            known = self._allocations[storage.data_ptr()] = storage, CudaMemory(*storage._share_cuda_())
+        return SharedTensor(int(tensor.storage_offset()), known[1])
 
 
 def reduction(spec: TensorSpec, shared: SharedTensor) -> Reduction:

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -89,12 +90,23 @@ def host_group(
     return spec, store
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How the tensors after the first went over. The first is left out: it waits for the receivers."""
+
+    bytes: int
+    seconds: float
+    """From the end of the first one's broadcast to the end of the last one's, on CUDA by the device's clock"""
+
+
 class WeightGroup:
     """One rank's membership. Not thread-safe: one call at a time."""
 
     def __init__(self, spec: WeightGroupSpec, rank: int, process_group: Any) -> None:
         self.spec = spec
         self.rank = rank
+        self.transfer = Transfer(0, 0.0)
+        """Of the last broadcast"""
         self._process_group: Any = process_group
         self._broken: str | None = None
 
@@ -167,12 +179,18 @@ class WeightGroup:
         options.timeout = timedelta(seconds=self.spec.timeout_s)
         sent: list[Tensor] = []
         works: deque[Any] = deque()
+        clock = _Clock()
         try:
             for tensor in tensors:
                 sent.append(tensor)
                 works.append(self._process_group.broadcast([tensor], options))
+                if tensor.is_cuda and len(sent) == 1:
+                    works[0].wait()  # without a deadline it is the stream that waits, not the caller
+                    clock.begin(tensor.device)
             while works:
                 works.popleft().wait(options.timeout)
+                clock.begin()
+            self.transfer = Transfer(sum(tensor.nbytes for tensor in sent[1:]), clock.end_s())
         finally:
             works.clear()  # held by a traceback, they would keep the group's threads and sockets
 
@@ -200,6 +218,34 @@ class WeightGroup:
                     raise WeightGroupError(f"weight group {self.spec.name!r}: given up, as an engine says: {error}")
             awaited -= done
         return max(0.0, deadline - time.monotonic())
+
+
+class _Clock:
+    """Of the device where there is one: what is queued there ends later than the calls that queue it."""
+
+    def __init__(self) -> None:
+        self._begun: float | torch.cuda.Event | None = None
+
+    def begin(self, device: torch.device | None = None) -> None:
+        """The first call counts."""
+        if self._begun is None:
+            self._begun = time.perf_counter() if device is None else _event(device)
+
+    def end_s(self) -> float:
+        """Seconds since then; on CUDA once everything queued until now is done."""
+        if isinstance(self._begun, float):
+            return time.perf_counter() - self._begun
+        if self._begun is None:
+            return 0.0
+        end = _event(torch.device("cuda", torch.cuda.current_device()))
+        end.synchronize()
+        return float(self._begun.elapsed_time(end)) / 1e3
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -402,7 +402,7 @@ class SGLangEngine:
         """The first reason stays; whoever waits, at the gate or for the server, is told."""
         self._failure = self._failure or failure
         for answer in self._answers.values():
-            if answer.submitted and answer.cutoff is not None:
+            if answer.submitted and answer.cutoff is not None and not answer.cutoff.expired():
                 answer.cutoff.reschedule(0)
         await self._notify()
 

@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
-from benchmarks.chaos.servers import halting_learner, server_faults
+from benchmarks.chaos.servers import SERVER_FAULTS, halting_learner, point_of, server_fault
 
 Install = Callable[[int], None]
 
@@ -126,8 +127,8 @@ POINTS: dict[str, Install] = {
     "actor_receive": actor_receive,
     "hub_delivery": hub_delivery,
     "hub_relay": hub_relay,
-    "server_faults": server_faults,
     "halting_learner": halting_learner,
+    **{point_of(fault): partial(server_fault, fault) for fault in SERVER_FAULTS},
 }
 
 

@@ -13,16 +13,25 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("killed during", "hangs during", "killed before", "killed after")
-"""What happens to the server, each once, in this order"""
+SERVER_FAULTS = ("killed before", "killed during", "hangs during", "killed after", "refuses", "late")
+"""What happens to the server when it is to receive: the last two, an HTTP error in place of the call, and an actor that
+makes the call when the learner has given up"""
+LATE_S = 20.0
+LEARNER_FAULT = "learner killed during"
 TENSORS_FIRST = 10
 HALT_S = 1.0
 """Of the learner, after so many tensors"""
 FILE = "faults.jsonl"
 """In the run's directory, a line per fault: {"fault", "time_s"}"""
+
+
+def point_of(fault: str) -> str:
+    """Its name for ``benchmarks.chaos.aimed``."""
+    return f"server_{fault.replace(' ', '_')}"
 
 
 def note(fault: str) -> None:
@@ -32,34 +41,55 @@ def note(fault: str) -> None:
         file.write(json.dumps({"fault": fault, "time_s": time.time()}) + "\n")
 
 
-def server_faults(times: int) -> None:
-    """Every ``times``-th time that an engine receives, the next of ``FAULTS``."""
+def server_fault(fault: str, times: int) -> None:
+    """The ``times``-th time that an engine receives, this one of ``SERVER_FAULTS``."""
     from slime_async.actors.sglang.engine import SGLangEngine
 
-    receive, passages, faults = SGLangEngine.receive_weights, itertools.count(1), iter(FAULTS)
+    receive, passages = SGLangEngine.receive_weights, itertools.count(1)
 
     def hit(engine: SGLangEngine, number: signal.Signals) -> None:
         assert engine._server is not None
         os.killpg(engine._server.pid, number)
 
     async def aimed(engine: SGLangEngine, manifest: Any, weights: Any, shared: Sequence[Any] = ()) -> None:
-        fault = next(faults, "") if next(passages) % times == 0 else ""
-        if fault:
-            note(fault)
+        if next(passages) != times:
+            await receive(engine, manifest, weights, shared)
+            return
+        note(fault)
         if fault == "killed before":
             hit(engine, signal.SIGKILL)
         elif fault.endswith("during"):
             number = signal.SIGKILL if fault.startswith("killed") else signal.SIGSTOP
             asyncio.get_running_loop().call_later(HALT_S / 2, hit, engine, number)
-        await receive(engine, manifest, weights, shared)
+        elif fault == "late":
+            await asyncio.sleep(LATE_S)
+        with _other_path() if fault == "refuses" else nullcontext():
+            await receive(engine, manifest, weights, shared)
         if fault == "killed after":
             hit(engine, signal.SIGKILL)
 
     SGLangEngine.receive_weights = aimed  # type: ignore[method-assign]
 
 
+@contextmanager
+def _other_path() -> Iterator[None]:
+    """Inside, updates go to a path that the server answers with an error."""
+    from slime_async.actors.sglang.client import SGLangClient
+
+    post = SGLangClient.post
+
+    async def aimed(client: SGLangClient, path: str, body: Any, timeout_s: float) -> Any:
+        return await post(client, "/nowhere" if path.startswith("/update_weights") else path, body, timeout_s)
+
+    SGLangClient.post = aimed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        SGLangClient.post = post  # type: ignore[method-assign]
+
+
 def halting_learner(times: int) -> None:
-    """Halts in every broadcast, and dies in the ``times``-th."""
+    """Halts in every broadcast, and dies in the ``times``-th; 0: never."""
     from slime_async.transport.weight_group import WeightGroup
 
     send, passages = WeightGroup.send, itertools.count(1)
@@ -71,7 +101,7 @@ def halting_learner(times: int) -> None:
             yield from itertools.islice(rest, TENSORS_FIRST)
             time.sleep(HALT_S)
             if dies:
-                note("learner killed during")
+                note(LEARNER_FAULT)
                 os.kill(os.getpid(), signal.SIGKILL)
             yield from rest
 

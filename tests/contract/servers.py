@@ -49,7 +49,7 @@ GPU = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "disable_prefill_cuda_graph": True,
-    "mem_fraction_static": 0.3,
+    "mem_fraction_static": 0.5,  # a bound: what others take while this one starts counts against it
     "max_total_tokens": 65536,
 }
 Key = tuple[Path, int, bool]
@@ -163,7 +163,9 @@ def sglang_bench(servers: Servers) -> Bench:
         "sglang",
         make,
         seeded=False,
-        tolerance=0.3 if servers.gpu else 1e-4,  # bf16 against fp32, over weights that are drawn wide
+        # in bf16 and on these widely drawn weights, transformers itself is up to 0.36 off, and 0.033 on average
+        tolerance=0.5 if servers.gpu else 1e-4,
+        mean_tolerance=0.06 if servers.gpu else 1e-4,
         unreported_tokens=features_of(installed_version()).stream_interval,
         backend="nccl" if servers.gpu else "gloo",
         device="cuda:1" if servers.gpu else "cpu",

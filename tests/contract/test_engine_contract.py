@@ -16,7 +16,7 @@ from torch import Tensor
 from slime_async.actors.engine import Engine, EngineError, GenerateRequest, Generation, PauseMode
 from slime_async.learner.snapshots import WeightBuffers
 from slime_async.trajectory import VersionSpan
-from slime_async.transport.shared_tensors import share_tensor
+from slime_async.transport.shared_tensors import Shares
 from tests.contract.reference import (
     NEW,
     OLD,
@@ -53,10 +53,13 @@ def test_logprobs_of_sampled_tokens_equal_those_of_transformers(
         async with serving(bench.make(checkpoint, weights=OLD, slots=8, max_context=128)) as engine:
             answers = await asyncio.gather(*map(engine.generate, requests))
         model = load_model(checkpoint)
+        errors: list[float] = []
         for request, answer in zip(requests, answers, strict=True):
             expected = answer_logprobs(model, request.prompt_ids, answer.output_ids, request.sampling.temperature)
-            torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=bench.tolerance, rtol=0)
+            close_to(bench, answer.logprobs, expected)
+            errors += (torch.tensor(answer.logprobs) - expected).abs().tolist()
             assert answer.spans == (VersionSpan(0, OLD),)
+        assert sum(errors) / len(errors) < bench.mean_tolerance
 
     run(test())
 
@@ -72,7 +75,7 @@ def test_temperature_zero_takes_the_most_probable_token(bench: Bench, checkpoint
         for ids, answer in zip(prompts, answers, strict=True):
             assert answer.output_ids == greedy_answer(model, ids, 16)
             expected = answer_logprobs(model, ids, answer.output_ids, temperature=1.0)
-            torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=bench.tolerance, rtol=0)
+            close_to(bench, answer.logprobs, expected)
 
     run(test())
 
@@ -473,6 +476,7 @@ def test_weights_can_be_taken_out_of_the_learners_memory_instead_of_a_broadcast(
     buffers = WeightBuffers.allocate(
         Learner.manifest(tensors_of(checkpoints(seed=1))), torch.device(device), bucket_bytes=4096
     )
+    shares = Shares()
 
     async def test() -> None:
         async with serving(bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)) as engine:
@@ -482,7 +486,9 @@ def test_weights_can_be_taken_out_of_the_learners_memory_instead_of_a_broadcast(
                     buffer.copy_(tensor)
                 weights = NEW._replace(version=version)
                 await engine.pause(PauseMode.IN_PLACE)
-                shared = [share_tensor(buffer) for buffer in buffers.tensors]
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                shared = [shares.share(buffer) for buffer in buffers.tensors]
                 await engine.receive_weights(Learner.manifest(tensors), weights, shared)
                 await engine.resume()
                 answer = await engine.generate(ask(prompt(4), 8))

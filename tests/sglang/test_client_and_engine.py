@@ -165,6 +165,28 @@ def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoi
     run(test())
 
 
+def test_an_engine_that_failed_is_closed_while_its_requests_are_being_given_up(checkpoint: Path) -> None:
+    """The pool closes at once what failed a command: the request's own deadline is then expiring already."""
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            server.answers["/generate"] = hang
+            waiting = asyncio.ensure_future(engine.generate(ask()))
+            while "/generate" not in server.paths():
+                await asyncio.sleep(0.01)
+            await engine._fail(EngineError("broken"))
+            await asyncio.sleep(0)
+            await engine.close()
+            with pytest.raises(EngineError, match="broken"):
+                await waiting
+
+    run(test())
+
+
 def test_a_broadcast_that_the_server_could_not_take_leaves_it_alive_without_weights(checkpoint: Path) -> None:
     async def fail(_: web.Request) -> web.StreamResponse:
         return web.json_response({"success": False, "message": "Failed to receive weights: reset by peer"}, status=400)
