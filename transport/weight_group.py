@@ -221,30 +221,34 @@ class WeightGroup:
 
 
 class _Clock:
-    """Of the device where there is one: what is queued there ends later than the calls that queue it."""
+    """Of the tensors' device where that is a GPU: what is queued there ends later than the calls that queue it."""
 
     def __init__(self) -> None:
+        self._device: torch.device | None = None
         self._begun: float | torch.cuda.Event | None = None
 
     def begin(self, device: torch.device | None = None) -> None:
         """The first call counts."""
         if self._begun is None:
+            self._device = device
             self._begun = time.perf_counter() if device is None else _event(device)
 
     def end_s(self) -> float:
-        """Seconds since then; on CUDA once everything queued until now is done."""
+        """Seconds since then; on a GPU once everything queued until now is done. 0 without a beginning."""
         if isinstance(self._begun, float):
             return time.perf_counter() - self._begun
-        if self._begun is None:
+        if self._begun is None or self._device is None:
             return 0.0
-        end = _event(torch.device("cuda", torch.cuda.current_device()))
+        end = _event(self._device)
         end.synchronize()
         return float(self._begun.elapsed_time(end)) / 1e3
 
 
 def _event(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    """A mark in the device's current stream. It may be another device than the thread's."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
     return event
 
 

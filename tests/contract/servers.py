@@ -163,8 +163,8 @@ def sglang_bench(servers: Servers) -> Bench:
         "sglang",
         make,
         seeded=False,
-        # in bf16 and on these widely drawn weights, transformers itself is up to 0.36 off, and 0.033 on average
-        tolerance=0.5 if servers.gpu else 1e-4,
+        # in bf16 and on these widely drawn weights, transformers itself is up to 0.44 off, and 0.04 on average
+        tolerance=0.7 if servers.gpu else 1e-4,
         mean_tolerance=0.06 if servers.gpu else 1e-4,
         unreported_tokens=features_of(installed_version()).stream_interval,
         backend="nccl" if servers.gpu else "gloo",

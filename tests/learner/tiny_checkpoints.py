@@ -20,6 +20,8 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 """An odd vocabulary, so that splitting it needs padding"""
+WIDE: dict[str, Any] = SHAPE | {"hidden_size": 64, "initializer_range": 0.2}
+"""For models whose heads have the hidden size's share: triton's attention kernels want 16 dimensions at least"""
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -34,9 +36,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "qwen3-deep": lambda: Qwen3Config(**SHAPE | {"num_hidden_layers": 6}, head_dim=16, tie_word_embeddings=True),
     "qwen3-untied": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**WIDE, tie_word_embeddings=True),
     "llama3": lambda: LlamaConfig(
-        **SHAPE | {"max_position_embeddings": 16384}, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE
+        **WIDE | {"max_position_embeddings": 16384}, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE
     ),
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
