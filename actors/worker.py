@@ -62,6 +62,7 @@ from slime_async.trajectory import Trajectory, TrajectoryKey
 from slime_async.transport.client import HubClient
 from slime_async.transport.clock import keep_aligned
 from slime_async.transport.errors import BadMessage, ConnectionLost, RemoteError
+from slime_async.transport.memory import keep_freed_memory
 from slime_async.transport.security import client_security
 from slime_async.transport.weight_group import WeightGroupError
 
@@ -368,6 +369,7 @@ async def _obey(command: EngineCommand, engine: Engine) -> Message:
 
 def run_actor(config: Config, name: str, hub_address: str, run_directory: Path) -> bool:
     """The actor's process. Returns when the hub says that the run is over, or True when it left before, as told."""
+    keep_freed_memory()
     return uvloop.run(_main(config, name, hub_address, run_directory))
 
 

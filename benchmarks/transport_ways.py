@@ -206,6 +206,7 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
                     tasks.create_task(deliver(clients[i % connections], trajectory, begun + seconds))
             control.send((sent, time.monotonic() - begun))
 
+    keep_freed_memory()  # as an actor's process does
     uvloop.run(main())
 
 

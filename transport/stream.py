@@ -26,6 +26,8 @@ BURST = 64
 """Messages read before other work of the loop gets a turn"""
 HANDSHAKE_S = 10.0
 """For a connection to say who it is; those that don't are closed"""
+TOGETHER = 8
+"""Messages that leave together: fewer wake ZeroMQ's thread too often, more keep the other side waiting for the first"""
 SILENCE_READ = 1024
 """Messages read before a silent peer is given up"""
 
@@ -168,8 +170,8 @@ class Stream:
 class Outbox:
     """Messages to one peer, in order, until they are with ZeroMQ. Its users bound how many.
 
-    What is put within one turn of the loop leaves at its end, together: ZeroMQ's thread is then woken once and not for
-    each message, which costs more than the messages do.
+    What is put within one turn of the loop leaves at its end, or ``TOGETHER`` at a time: ZeroMQ's thread is then woken
+    once and not for each message, which costs more than the messages do, and the other side begins meanwhile.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class Outbox:
         if self._blocked:
             self._blocked += 1
             self._on_blocked(1)
-        elif len(self._waiting) >= BURST:
+        elif len(self._waiting) >= TOGETHER:
             self.flush()
         return sent
 
