@@ -51,6 +51,9 @@ def test_every_dtype_and_shape_arrives_bitwise_at_every_rank() -> None:
         group = form(peers)
         assert_delivers(group, peers, tensors)
         assert_delivers(group, peers, {name: tensor + 1 for name, tensor in tensors.items()})
+        _first, *others = tensors.values()
+        assert group.transfer.bytes == sum((tensor + 1).nbytes for tensor in others)
+        assert group.transfer.seconds > 0
         group.close()
 
 
