@@ -53,6 +53,7 @@ def plan(shapes: list[str], memory_gb: float, tokens: int) -> list[Cell]:
             theirs("4b", 2048, 8192),
             ours("4b", 2048, 16384, recompute="selective"),
             ours("4b", 2048, 8192, keep_logits=True),
+            ours("4b", 2048, 16384, recompute="selective", keep_logits=True),
             theirs("4b", 2048, 4096),
             theirs("4b", 2048, 8192, attention="varlen"),
             ours("4b", 2048, 16384, recompute="full"),
