@@ -21,11 +21,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -74,9 +75,17 @@ def host_group(
         raise ValueError(f"world_size is {world_size}: a weight group needs the learner and at least one engine rank")
     if timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}: must be positive")
-    # multi_tenant: create() opens the same server again, which is what counts who has joined
+    listener = _listener()
+    # multi_tenant: create() opens the same server again, which is what counts who has joined. It is found by its port,
+    # under which torch keeps a server of the past if it has chosen the port itself: so it is told ours.
     store = TCPStore(
-        address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True
+        address,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
     )
     spec = WeightGroupSpec(
         name=f"{name}-{epoch}",
@@ -88,6 +97,14 @@ def host_group(
         timeout_s=timeout_s,
     )
     return spec, store
+
+
+def _listener(port: int = 0) -> socket.socket:
+    """On every interface; 0 takes a free port."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):  # a kernel that knows IPv6, on a machine where it is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slime_async.transport import weight_group
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError, WeightGroupTimeoutError, host_group
 from tests.transport.group_peer import REPLY_S, Peer, digests, manifest_of
 
@@ -55,6 +56,21 @@ def test_every_dtype_and_shape_arrives_bitwise_at_every_rank() -> None:
         assert group.transfer.bytes == sum((tensor + 1).nbytes for tensor in others)
         assert group.transfer.seconds > 0
         group.close()
+
+
+def test_a_port_that_an_earlier_group_had_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch remembers servers by port for as long as the process lives; ports come again after some thousand groups."""
+    listener = weight_group._listener
+    with listener() as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setattr(weight_group, "_listener", lambda: listener(port))
+    with Peer.several(1) as peers:
+        for epoch in (1, 2):
+            group = form(peers, epoch)
+            assert group.spec.master_port == port
+            assert_delivers(group, peers, TENSORS)
+            group.close()
+            del group
 
 
 def test_a_peer_killed_before_it_joins_fails_the_others_by_name_and_the_next_group_forms_without_it() -> None:
