@@ -214,6 +214,7 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
 
 
 def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
+    keep_freed_memory()  # as on our side
     socket = new_socket(zmq.Context(), zmq.ROUTER, DEFAULT_LIMITS)
     if keys is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -226,6 +227,7 @@ def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
 
 
 def send_raw(control: Connection, address: str, keys: Path | None, connections: int = 1) -> None:
+    keep_freed_memory()  # as on our side
     context, sockets, poller = zmq.Context(), [], zmq.Poller()
     security = keys_in(keys)[1]
     for _ in range(connections):
