@@ -102,12 +102,11 @@ class Child:
     """``run_one`` in a process of its own, whose words are in a file."""
 
     def __init__(self, fault: str, parsed: argparse.Namespace) -> None:
-        self.fault = fault
-        self.directory: Path = parsed.directory / fault.replace(" ", "-")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._result, self._log = self.directory / "result.json", self.directory / "output.log"
+        directory: Path = parsed.directory / fault.replace(" ", "-")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._result, self._log = directory / "result.json", directory / "output.log"
         self._command = [sys.executable, "-m", "benchmarks.engine_faults", "--device", parsed.device]
-        self._command += ["--steps", str(parsed.steps), "--directory", str(self.directory), "--one", fault]
+        self._command += ["--steps", str(parsed.steps), "--directory", str(directory), "--one", fault]
 
     def run(self, deadline: float) -> dict[str, Any]:
         """To its end, or to ``deadline`` on the monotonic clock."""

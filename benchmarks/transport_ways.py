@@ -94,10 +94,10 @@ class Way:
     def __init__(self, receive: Callable[..., None], send: Callable[..., None], *shared: Any) -> None:
         self._ready, receiver_end = SPAWN.Pipe()
         self._control, sender_end = SPAWN.Pipe()
-        self._receiver = SPAWN.Process(target=receive, args=(receiver_end, *shared), daemon=True)
+        self._receiver = SPAWN.Process(target=as_ours_do, args=(receive, receiver_end, *shared), daemon=True)
         self._receiver.start()
         address = self._hear(self._ready)
-        self._sender = SPAWN.Process(target=send, args=(sender_end, address, *shared), daemon=True)
+        self._sender = SPAWN.Process(target=as_ours_do, args=(send, sender_end, address, *shared), daemon=True)
         self._sender.start()
         assert self._hear(self._control) == "ready"
 
@@ -120,6 +120,12 @@ class Way:
         if not pipe.poll(4 * WAIT_S):
             raise TimeoutError("a benchmark's process said nothing")
         return pipe.recv()
+
+
+def as_ours_do(work: Callable[..., None], *arguments: Any) -> None:
+    """In a process that keeps freed memory, as those of the hub and of actors do."""
+    keep_freed_memory()
+    work(*arguments)
 
 
 def cpu_s(pid: int) -> float:
@@ -176,7 +182,6 @@ def receive_ours(ready: Connection, keys: Path | None, _: int = 1) -> None:
         ready.send(server.address)
         await server.serve()
 
-    keep_freed_memory()  # as the hub's process does
     uvloop.run(main())
 
 
@@ -206,7 +211,6 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
                     tasks.create_task(deliver(clients[i % connections], trajectory, begun + seconds))
             control.send((sent, time.monotonic() - begun))
 
-    keep_freed_memory()  # as an actor's process does
     uvloop.run(main())
 
 
@@ -214,7 +218,6 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
 
 
 def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
-    keep_freed_memory()  # as on our side
     socket = new_socket(zmq.Context(), zmq.ROUTER, DEFAULT_LIMITS)
     if keys is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -227,7 +230,6 @@ def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
 
 
 def send_raw(control: Connection, address: str, keys: Path | None, connections: int = 1) -> None:
-    keep_freed_memory()  # as on our side
     context, sockets, poller = zmq.Context(), [], zmq.Poller()
     security = keys_in(keys)[1]
     for _ in range(connections):

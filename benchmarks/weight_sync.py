@@ -87,10 +87,10 @@ class Round:
 
 
 class RawPeer:
-    """A process that does nothing but receive tensors of so many bytes, one after the other."""
+    """A process that only receives tensors of so many bytes, one after the other, behind one that is not timed."""
 
     def __init__(self, bench: Bench, sizes: Sequence[int]) -> None:
-        self._gpu, self._rounds, self._sizes = bench.gpu, bench.rounds + 1, sizes
+        self._gpu, self._rounds, self._sizes = bench.gpu, bench.rounds + 1, [1, *sizes]
         self._spec, self._store = host_group(f"raw-{len(sizes)}", 1, 2, bench.backend, START_TIMEOUT_S)
         self._peer: asyncio.subprocess.Process | None = None
 
@@ -221,7 +221,7 @@ class Bench:
 async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures, and what else is worth keeping."""
     engine = bench.make_engine()
-    raw_peer = RawPeer(bench, [1, bench.bytes])
+    raw_peer = RawPeer(bench, [bench.bytes])
     layers_peer = RawPeer(bench, layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from slime_async.actors.sglang.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S, JOB_S, STOP_S, CALL_S = 120.0, 600.0, 90.0, 120.0
@@ -145,12 +146,6 @@ def answers(url: str, process: subprocess.Popen[bytes], log: Path) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def program(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import torch
 from layout_job import config_for, run
 from safetensors.torch import load_file
 
+from slime_async.actors.sglang.server import free_port
+
 JOB = Path(__file__).with_name("layout_job.py")
 DEADLINE_S = 100.0
 
@@ -25,13 +26,6 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "DP2": {"use_distributed_optimizer": True},
     "CP2": {"context_parallel_size": 2},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_ranks(ranks: int, checkpoint: Path, out: Path, layouts: list[dict[str, Any]], job: Path = JOB) -> None:

@@ -31,6 +31,12 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
+async def hang(_: web.Request) -> web.StreamResponse:
+    """A server that never answers."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 WHOLE = {"weight_versions": [{"version": "1.3", "start": 0, "end": 4}]}
 
 
@@ -147,10 +153,6 @@ def test_weights_beyond_the_servers_buffer_come_in_several_calls_and_the_last_na
 
 
 def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoint: Path) -> None:
-    async def hang(_: web.Request) -> web.StreamResponse:
-        await asyncio.Event().wait()
-        raise AssertionError
-
     async def test() -> None:
         async with serving(checkpoint) as (server, engine):
             await engine.join_weight_group(SPEC, 1)
@@ -167,10 +169,6 @@ def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoi
 
 def test_an_engine_that_failed_is_closed_while_its_requests_are_being_given_up(checkpoint: Path) -> None:
     """The pool closes at once what failed a command: the request's own deadline is then expiring already."""
-
-    async def hang(_: web.Request) -> web.StreamResponse:
-        await asyncio.Event().wait()
-        raise AssertionError
 
     async def test() -> None:
         async with serving(checkpoint) as (server, engine):
