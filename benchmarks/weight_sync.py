@@ -5,8 +5,9 @@
     options: --shape qwen3-4b|tiny  --rounds 10  --requests 64  --out benchmarks/results/weight_sync.json
 
 One run measures, on the same bytes: conversion from Megatron's tensors into the buffers; a raw broadcast of one flat
-tensor to a bare process; the publication as the publisher does it (pause, one call with a broadcast per tensor beside
-the conversion, resume) with requests in flight; and 512 MB a call. ``broadcast`` is the collectives alone, by the
+tensor to a bare process, and of as many tensors as the model has; the publication as the publisher does it (pause, one
+call with a broadcast per tensor, resume) with requests in flight, and beside the thread that converts; and 512 MB a
+call. ``broadcast`` is the collectives alone, by the
 device's clock as the raw one is, ``update`` all between pause and resume: the call, the broadcast, the copies into the
 model. What Qwen3-30B-A3B would cost is computed from these rates and from a raw broadcast of some of its layers, whose
 tensors are many and small.
@@ -42,7 +43,7 @@ from benchmarks.weight_sync_models import (
     SUPPORTED_GPU_ARGUMENTS,
     layers_30b_a3b,
     make_config,
-    weight_bytes,
+    weight_sizes,
     write_config,
     write_random_weights,
 )
@@ -134,7 +135,8 @@ class Bench:
         self.shape, self.device = arguments.shape, "cuda" if self.gpu else "cpu"
         self.checkpoint = directory / "model"
         self.config = write_config(self.checkpoint, self.shape, self.device)
-        self.bytes = weight_bytes(self.config)
+        self.sizes = weight_sizes(self.config)
+        self.bytes = sum(self.sizes)
 
     def build(self) -> None:
         """The learner's side; on GPUs while the server starts beside it."""
@@ -168,8 +170,13 @@ class Bench:
         launch = LaunchSpec(arguments, self.directory / "sglang.log", devices=(1,))
         return SGLangEngine(self.checkpoint, engine_id="bench", launch=launch, max_context=CONTEXT)
 
-    async def publish(self, engine: Engine, group: WeightGroup, thread: ThreadPoolExecutor) -> Round:
-        """As the publisher does it; the training thread's part is what it holds up."""
+    async def publish(
+        self, engine: Engine, group: WeightGroup, thread: ThreadPoolExecutor, *, beside: bool = False
+    ) -> Round:
+        """As the publisher does it; the training thread's part is what it holds up.
+
+        ``beside``: not as the publisher does it, but without waiting for the thread that queues the conversions.
+        """
         loop = asyncio.get_running_loop()
         self.version += 1
         weights = WeightId(1, self.version)
@@ -183,7 +190,8 @@ class Bench:
 
         await engine.check_weights(self.manifest)
         filling = loop.run_in_executor(thread, fill)
-        await asyncio.to_thread(snapshot.wait_begun, TIMEOUT_S)
+        if not beside:
+            await asyncio.to_thread(snapshot.wait_queued, TIMEOUT_S)
         paused = time.perf_counter()
         await engine.pause(PauseMode.IN_PLACE)
         sent = time.perf_counter()
@@ -221,11 +229,11 @@ class Bench:
 async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures, and what else is worth keeping."""
     engine = bench.make_engine()
-    raw_peer = RawPeer(bench, [bench.bytes])
+    raw_peer, parts_peer = RawPeer(bench, [bench.bytes]), RawPeer(bench, bench.sizes)
     layers_peer = RawPeer(bench, layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
-        for other in (raw_peer, layers_peer):
+        for other in (raw_peer, parts_peer, layers_peer):
             stack.callback(other.end)
             await other.launch()
         building = asyncio.create_task(asyncio.to_thread(bench.build))
@@ -235,7 +243,7 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         await building
         say("learner and engine are there")
         conversion = [bench.conversion_s() for _ in range(bench.rounds + 2)][2:]  # two sets of buffers are new
-        raw, layers = await raw_peer.broadcast_s(), await layers_peer.broadcast_s()
+        raw, parts, layers = [await peer.broadcast_s() for peer in (raw_peer, parts_peer, layers_peer)]
         say("measured alone")
         spec, store = host_group("weights", 1, 1 + engine.num_ranks, bench.backend, TIMEOUT_S)
         group, _ = await asyncio.gather(
@@ -250,6 +258,7 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
             await asyncio.sleep(0.01)
         say(f"{bench.requests} requests are in flight")
         rounds = [await bench.publish(engine, group, thread) for _ in range(bench.rounds)]
+        beside = [await bench.publish(engine, group, thread, beside=True) for _ in range(bench.rounds)]
         bucketed = [await bench.bucketed_s(engine, group) for _ in range(bench.rounds)]
         say("published")
         lost = 0
@@ -258,7 +267,7 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
             lost += answer.finish_reason != "length"
     median = statistics.median
     broadcast_s, raw_s, conversion_s = median(r.broadcast_s for r in rounds), median(raw), median(conversion)
-    rate = median(r.transfer.bytes / r.transfer.seconds for r in rounds)
+    rate = median(r.transfer.rate for r in rounds)
     figures = {
         "broadcast_over_raw": rate * raw_s / bench.bytes,
         "broadcast_gbps": rate / 1e9,
@@ -278,6 +287,9 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         "update_ms": 1e3 * broadcast_s,
         "raw_broadcast_ms": 1e3 * raw_s,
         "raw_broadcast_gbps": bench.bytes / raw_s / 1e9,
+        "raw_by_tensor_over_raw": raw_s / median(parts),
+        "beside_conversion_over_raw": raw_s / bench.bytes * median(r.transfer.rate for r in beside),
+        "beside_conversion_pause_to_resume_ms": 1e3 * median(r.pause_to_resume_s for r in beside),
         "rounds": [asdict(r) for r in rounds],
         "computed_30b_a3b": _computed(bench.bytes, conversion_s, median(layers), rounds) if bench.gpu else None,
     }

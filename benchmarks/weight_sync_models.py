@@ -67,11 +67,11 @@ def write_config(directory: Path, shape: str, device: str) -> Qwen3Config:
     return config
 
 
-def weight_bytes(config: Qwen3Config) -> int:
-    """Of all tensors, in the type that the configuration names."""
+def weight_sizes(config: Qwen3Config) -> list[int]:
+    """Bytes of each tensor, in the type that the configuration names."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
 
 
 def write_random_weights(directory: Path, config: Qwen3Config, device: str) -> None:

@@ -229,7 +229,7 @@ class Publisher:
         joining = time.monotonic_ns()
         self._carrier.connect(engines)
         converting = time.monotonic_ns()
-        snapshot.wait_begun(self._config.timeout_s)  # converting the first bucket: engines need not stand still for it
+        snapshot.wait_queued(self._config.timeout_s)  # beside the thread that queues them broadcasts would be slower
         paused = time.monotonic_ns()
         commands.tell(engines, lambda e: PauseEngine(e.engine_id, self._config.pause))
         sent = time.monotonic_ns()

@@ -4,9 +4,9 @@
 
     training loop          publisher                 buffers A   buffers B
     begin(v) ─ publish ──► takes v as current            v          v − 1
-    fill(v): bucket 0 ───► broadcasts bucket 0           …
-             bucket 1 ───► broadcasts bucket 1
-    next step …            resume
+    fill(v): queues 0, 1 ► pauses the engines            …
+    next step …            broadcasts bucket 0 while the device converts 1
+                           broadcasts bucket 1, resumes
 
 There are two sets of buffers, used in turn and never given back: one holds the current weights, which a late engine may
 still ask for, the other takes the next. A set is free when the publisher has taken the snapshot after its own, which
@@ -93,10 +93,10 @@ class Snapshot:
                 awaited = event
             yield spec.name, tensor
 
-    def wait_begun(self, timeout_s: float) -> None:
-        """Until there is something to send."""
+    def wait_queued(self, timeout_s: float) -> None:
+        """Until all conversions are done, on CUDA at least queued: from then on none wants the interpreter."""
         if self.filling is not None:
-            self.filling.wait(1, timeout_s)
+            self.filling.wait(len(self.tensors), timeout_s)
 
     def wait_filled(self, timeout_s: float) -> None:
         """Until all is there, on CUDA too."""

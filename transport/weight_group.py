@@ -115,6 +115,11 @@ class Transfer:
     seconds: float
     """From the end of the first one's broadcast to the end of the last one's, on CUDA by the device's clock"""
 
+    @property
+    def rate(self) -> float:
+        """Bytes per second; 0 where only one tensor went over."""
+        return self.bytes / self.seconds if self.seconds else 0.0
+
 
 class WeightGroup:
     """One rank's membership. Not thread-safe: one call at a time."""

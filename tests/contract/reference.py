@@ -45,6 +45,8 @@ class Bench:
     """Of their mean, over a hundred tokens or more"""
     unreported_tokens: int = 0
     """May have been sampled, but not been handed over yet"""
+    reported_within_s: float = 0.0
+    """What was sampled before a pause has arrived so long after it"""
     backend: Literal["gloo", "nccl"] = "gloo"
     device: str = "cpu"
     """Where the learner's tensors lie"""

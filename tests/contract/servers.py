@@ -167,6 +167,7 @@ def sglang_bench(servers: Servers) -> Bench:
         tolerance=0.7 if servers.gpu else 1e-4,
         mean_tolerance=0.06 if servers.gpu else 1e-4,
         unreported_tokens=features_of(installed_version()).stream_interval,
+        reported_within_s=1.0,
         backend="nccl" if servers.gpu else "gloo",
         device="cuda:1" if servers.gpu else "cpu",
     )

@@ -53,7 +53,7 @@ def test_nothing_is_handed_out_before_its_bucket_is_complete() -> None:
     with pytest.raises(FillError, match="only 0 of 3 tensors were converted within"):
         next(snapshot.arriving(0.01))
     with pytest.raises(FillError, match="only 0 of 3"):
-        snapshot.wait_begun(0.01)
+        snapshot.wait_queued(0.01)
 
 
 def test_two_sets_of_buffers_are_used_in_turn() -> None:
