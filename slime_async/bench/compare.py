@@ -10,7 +10,7 @@ from typing import Any
 from slime_async.bench.intervals import Estimate, rate, ratio
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode
-from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
+from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner, SideBySide
 from slime_async.telemetry.accounting import COMPUTING, PARTS, UNACCOUNTED
 
 MODERATE_STALENESS = 4
@@ -65,6 +65,10 @@ class Comparison:
     engine: SaturatedEngine
     learners: dict[int, SaturatedLearner]
     """By devices"""
+    side_by_side: dict[int, SideBySide]
+    """By the learner's devices"""
+    engines_together: float | None
+    """Tokens per second of one engine while engines are full on all devices that a colocated mode shares"""
 
     def row(self, mode: str) -> Row:
         return next(row for row in self.rows if row.measurement.mode == mode)
@@ -109,6 +113,8 @@ class Comparison:
                     str(n): learner.to_plain() | {"tokens_per_s": learner.tokens_per_s}
                     for n, learner in self.learners.items()
                 },
+                "side_by_side": {str(n): both.to_plain() for n, both in self.side_by_side.items()},
+                "engines_together": self.engines_together,
             },
             "lengths": quantiles([n for row in self.rows for n in row.measurement.lengths]),
             "modes": {row.measurement.mode: _plain_row(row) for row in self.rows},
@@ -120,6 +126,8 @@ def compare(
     measurements: Sequence[Measurement],
     engine: SaturatedEngine,
     learners: Mapping[int, SaturatedLearner],
+    side_by_side: Mapping[int, SideBySide] | None = None,
+    engines_together: float | None = None,
 ) -> Comparison:
     """Rows in the order of ``measurements``, each of the mode of its name."""
     by_name = {mode.name: mode for mode in modes}
@@ -130,7 +138,7 @@ def compare(
         Row(m, ideal_of(by_name[m.mode], m, engine, learners), speed, ratio(speed, best))
         for speed, m in zip(speeds, measurements, strict=True)
     ]
-    return Comparison(tuple(rows), engine, dict(learners))
+    return Comparison(tuple(rows), engine, dict(learners), dict(side_by_side or {}), engines_together)
 
 
 def ideal_of(

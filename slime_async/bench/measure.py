@@ -68,6 +68,8 @@ class Measurement:
     """From RL's begin to the first window"""
     timeline: dict[str, tuple[tuple[float, float, str], ...]]
     """By process: (start, end, part), seconds from the first window's begin"""
+    drain_s: float | None = None
+    """Of a publication, until nothing ran any more, which only batch boundaries wait for; older results have none"""
     servers: str = ""
     """Which SGLang servers it ran on"""
 
@@ -129,6 +131,7 @@ def measure(run: RunData, mode: Mode, bench: BenchConfig, lengths: Mapping[int, 
         train_s=_busy_s(run.tracks, "learner", interval) / len(steps),
         publish_s=_mean_s(publications),
         pause_s=_mean_s(pauses),
+        drain_s=_drain_s(run.tracks, publications),
         overlap=_overlap(run.tracks, interval),
         staleness_mean=sum(s["staleness_mean"] * s["tokens_trained"] for s in steps) / max(1.0, trained),
         staleness_max=int(max(step["staleness_max"] for step in steps)),
@@ -197,6 +200,13 @@ def _timeline(tracks: Sequence[Track], interval: Interval) -> dict[str, tuple[tu
 
 def _inside(span: Span, interval: Interval) -> bool:
     return interval[0] <= span.start_ns < interval[1]
+
+
+def _drain_s(tracks: Sequence[Track], publications: Sequence[Span]) -> float:
+    """A publication drains first, then it asks every engine to prepare."""
+    prepared = {s.args["version"]: s.start_ns for t in tracks for s in t.spans if s.name == "prepare_sync"}
+    waits = [prepared[s.args["version"]] - s.start_ns for s in publications if s.args["version"] in prepared]
+    return sum(waits) / 1e9 / max(1, len(waits))
 
 
 def _mean_s(spans: Sequence[Span]) -> float:

@@ -1,4 +1,4 @@
-"""What each side reaches alone: an engine that is kept full, a learner that is fed from memory."""
+"""What each side reaches, alone and side by side: an engine that is kept full, a learner that is fed from memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ class EngineRate:
 
 
 @dataclass(frozen=True, slots=True)
+class Burst:
+    """Requests of one length, handed at once to an engine that has nothing else: nothing enters while they decode."""
+
+    requests: int
+    tokens: int
+    """That each samples"""
+    seconds: float
+    """Until the last is done; the median of several"""
+
+
+@dataclass(frozen=True, slots=True)
 class SaturatedEngine:
     """One engine, from a single request to more than it takes at once."""
 
@@ -27,6 +38,10 @@ class SaturatedEngine:
     """Sampled"""
     total_tokens_per_sample: float
     """With prompts and what environments inserted"""
+    tokens_per_request: float = 0.0
+    """Sampled in one turn; 0 in older results"""
+    bursts: tuple[Burst, ...] = ()
+    """Two lengths for each number of requests; older results have none"""
 
     @property
     def tokens_per_s(self) -> float:
@@ -37,7 +52,9 @@ class SaturatedEngine:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedEngine:
-        return cls(**{**plain, "rates": tuple(EngineRate(**rate) for rate in plain["rates"])})
+        rates = tuple(EngineRate(**rate) for rate in plain["rates"])
+        bursts = tuple(Burst(**burst) for burst in plain.get("bursts", ()))
+        return cls(**{**plain, "rates": rates, "bursts": bursts})
 
     def step_s(self, running: float) -> float:
         """Seconds of one decoding step with so many requests, between and beyond the measured ones in a line."""
@@ -61,6 +78,27 @@ class SaturatedLearner:
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """An engine and a learner, both saturated at the same time: what they take from each other on one machine."""
+
+    engine_tokens_per_s: float
+    """As full as it was alone"""
+    learner_tokens_per_s: float
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rate_between(batches: Sequence[tuple[float, float]], began_s: float, ended_s: float) -> float:
+    """Tokens per second of a learner; ``batches`` are (end, tokens), one after the other."""
+    done, points = 0.0, []
+    for end, tokens in batches:
+        done += tokens
+        points.append((end, done))
+    return (interpolate(points, ended_s) - interpolate(points, began_s)) / (ended_s - began_s)
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

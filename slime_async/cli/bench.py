@@ -23,13 +23,13 @@ from slime_async.bench.contract import Clause, check_after, check_before
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode, configure, modes_of, on_gpus
 from slime_async.bench.page import write_page
-from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner
+from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner, SideBySide, rate_between
 from slime_async.cli.bench_run import DeviceLauncher, run_mode
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.prepare import prepare_model
 from slime_async.cli.roles import thread_environment
-from slime_async.cli.saturate import START
+from slime_async.cli.saturate import LEARNER_BATCHES, LEARNER_READY, LEARNER_STOP, START
 from slime_async.cli.supervise import RunError
 from slime_async.cli.train import check_modules
 from slime_async.config import Config
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 SIDE_TIMEOUT_S = 600.0
 """For one side alone: start, warm-up and measurement"""
+POLL_S = 0.05
 LOCAL_KEYS = ("run.directory", "model.path")
 """Of the configuration, what means nothing elsewhere"""
 
@@ -96,7 +97,13 @@ class Bench:
             engine = await self._saturated_engine()
             separate = {len(mode.learner_devices) for mode in self._modes if not mode.colocated}
             sizes = sorted(separate or {len(mode.learner_devices) for mode in self._modes})
-            learners = {size: await self._saturated_learner(size) for size in sizes}
+            learners: dict[int, SaturatedLearner] = {}
+            beside: dict[int, SideBySide] = {}
+            for size in sizes:
+                learners[size], both = await self._saturated_learner(size, beside=bool(separate))
+                if both is not None:
+                    beside[size] = both
+            together = await self._engines_together()
             measurements, failed = [], []
             for mode in self._modes:
                 try:
@@ -106,7 +113,7 @@ class Bench:
                     self._say(f"{mode.name} FAILED: {problem}")
                 if measurements:
                     clauses = [*before, *check_after(measurements, failed)]
-                    comparison = compare(self._modes, measurements, engine, learners)
+                    comparison = compare(self._modes, measurements, engine, learners, beside, together)
                     self._write(comparison, clauses)
         finally:
             if self._servers is not None:
@@ -165,36 +172,101 @@ class Bench:
     async def _saturated_engine(self) -> SaturatedEngine:
         path = self._directory / "saturated-engine.json"
         if not path.exists():
-            device = max(device for mode in self._modes for device in mode.actor_devices)
-            url = ("--url", self._servers.urls[device]) if self._servers is not None else ()
-            await self._side("engine", self._config, [device], *url)
+            device = self._last_engine()
+            await self._side("engine", self._config, [device], *self._url(device))
         engine = SaturatedEngine.from_plain(json.loads(path.read_text()))
         rates = ", ".join(f"{rate.tokens_per_s:,.0f} with {rate.running:.0f}" for rate in engine.rates)
         self._say(f"an engine alone, tokens/s: {rates} requests")
         return engine
 
-    async def _saturated_learner(self, devices: int) -> SaturatedLearner:
-        kept = self._directory / f"saturated-learner-{devices}.json"
-        if not kept.exists():
-            path = self._directory / "saturated-learner.json"
-            await self._side("learner", self._config, range(devices), ranks=devices)
-            path.rename(kept)
+    async def _saturated_learner(self, devices: int, *, beside: bool) -> tuple[SaturatedLearner, SideBySide | None]:
+        """Alone, and with ``beside`` then beside an engine, both saturated."""
+        kept, both = (self._directory / f"{name}-{devices}.json" for name in ("saturated-learner", "side-by-side"))
+        if not kept.exists() or (beside and not both.exists()):
+            for leftover in (LEARNER_READY, LEARNER_STOP):
+                (self._directory / leftover).unlink(missing_ok=True)
+            more = ("--beside",) if beside else ()
+            training = asyncio.create_task(self._side("learner", self._config, range(devices), *more, ranks=devices))
+            try:
+                if beside:
+                    await self._until(self._directory / LEARNER_READY, training)
+                    full = await self._full_engine(self._last_engine(), [f"beside-{devices}"])
+                    (self._directory / LEARNER_STOP).touch()
+                await training
+            finally:
+                training.cancel()
+            (self._directory / "saturated-learner.json").rename(kept)
+            if beside:
+                batches = json.loads((self._directory / LEARNER_BATCHES).read_text())
+                learner_rate = rate_between(batches, full["began_s"], full["ended_s"])
+                both.write_text(json.dumps(SideBySide(full["tokens_per_s"], learner_rate).to_plain()))
         learner = SaturatedLearner(**json.loads(kept.read_text()))
         self._say(f"a learner on {devices} devices, fed from memory: {learner.tokens_per_s:,.0f} tokens/s")
-        return learner
+        if not beside:
+            return learner, None
+        rates = SideBySide(**json.loads(both.read_text()))
+        engine, trained = rates.engine_tokens_per_s, rates.learner_tokens_per_s
+        self._say(f"side by side, tokens/s: an engine {engine:,.0f}, a learner {trained:,.0f}")
+        return learner, rates
+
+    async def _engines_together(self) -> float | None:
+        """Tokens per second of one engine while those of the colocated mode are all full; None without that mode."""
+        devices = next((mode.actor_devices for mode in self._modes if mode.colocated), ())
+        if not devices:
+            return None
+        kept, names = self._directory / "engines-together.json", [f"together-{device}" for device in devices]
+        if not kept.exists():
+            one_by_one = [names[i:] + names[:i] for i in range(len(names))]
+            results = await asyncio.gather(*map(self._full_engine, devices, one_by_one))
+            kept.write_text(json.dumps(sum(result["tokens_per_s"] for result in results) / len(results)))
+        rate = float(json.loads(kept.read_text()))
+        self._say(f"{len(devices)} engines together: {rate:,.0f} tokens/s each")
+        return rate
+
+    async def _full_engine(self, device: int, together: Sequence[str]) -> dict[str, float]:
+        """One engine while those of ``together`` are full, of which it is the first."""
+        files = [self._directory / f"full-engine-{name}.json" for name in together]
+        files[0].unlink(missing_ok=True)
+        name = f"full-engine-{together[0]}"
+        more = (*self._url(device), "--together", *map(str, files))
+        await self._side("full-engine", self._config, [device], *more, name=name)
+        result: dict[str, float] = json.loads(files[0].read_text())
+        return result
+
+    def _last_engine(self) -> int:
+        """Its device, on which no learner is where sides are separate."""
+        return max(device for mode in self._modes for device in mode.actor_devices)
+
+    def _url(self, device: int) -> tuple[str, ...]:
+        return ("--url", self._servers.urls[device]) if self._servers is not None else ()
+
+    async def _until(self, file: Path, working: asyncio.Task[None]) -> None:
+        """Until ``working`` has made the file; raises what it raised, and ``RunError`` when it ended without."""
+        while not file.exists():
+            done, _ = await asyncio.wait({working}, timeout=POLL_S)
+            if done:
+                await working
+                raise RunError(f"the learner ended before it was measured: see {self._directory / 'logs'}")
 
     async def _side(
-        self, side: str, config: Config, devices: Sequence[int], *more: str, ranks: int = 1, threads: int = 1
+        self,
+        side: str,
+        config: Config,
+        devices: Sequence[int],
+        *more: str,
+        ranks: int = 1,
+        threads: int = 1,
+        name: str = "",
     ) -> None:
         """One side alone, in processes of its own. Raises ``RunError``."""
         learner = config.learner.model_copy(update={"ranks": ranks, "threads": threads})
         run = config.run.model_copy(update={"steps": 10**6})
-        file = self._directory / f"{side}.toml"
+        name = name or f"{side}-{len(devices)}"
+        file = self._directory / f"{name}.toml"
         file.write_text(dump_toml(config.model_copy(update={"learner": learner, "run": run})), encoding="utf-8")
         arguments = ("-m", "slime_async.cli.saturate", side, str(file), str(self._directory), *more)
         environment = {**thread_environment(threads), "NCCL_CUMEM_ENABLE": "0"}
         launcher = DeviceLauncher(self._directory / "logs", config, lambda _: devices)
-        name = f"{side}-{len(devices)}"
         process = await launcher.start(RoleCommand(name, arguments, environment, ranks))
         try:
             async with asyncio.timeout(SIDE_TIMEOUT_S):

@@ -8,12 +8,14 @@ from slime_async.bench.compare import HEADS, compare, quantiles, table
 from slime_async.bench.contract import check_after, check_before
 from slime_async.bench.measure import Measurement
 from slime_async.bench.page import render
-from slime_async.bench.saturated import interpolate
+from slime_async.bench.saturated import Burst, SaturatedEngine, interpolate, rate_between
 from tests.bench.examples import ENGINE, LEARNERS, measurement, modes
 
 MODES = modes("colocated", "disaggregated", "async-2", "async-8")
 MEASURED = [measurement(mode, step_s) for mode, step_s in zip(MODES, (2.0, 2.5, 1.25, 1.0), strict=True)]
 COMPARISON = compare(MODES, MEASURED, ENGINE, LEARNERS)
+
+OLDER = ("tokens_per_sample", "total_tokens_per_sample")
 
 
 def test_the_headline_is_the_best_async_mode_of_moderate_staleness_over_the_better_synchronous_one() -> None:
@@ -106,3 +108,16 @@ def test_quantiles_stand_for_a_distribution() -> None:
 
 def _pairs() -> list[tuple[object, Measurement]]:
     return list(zip(MODES[:3], MEASURED[:3], strict=True))
+
+
+def test_a_saturated_engine_survives_json_and_older_results_have_no_bursts() -> None:
+    engine = SaturatedEngine(ENGINE.rates, 100.0, 120.0, 50.0, (Burst(8, 75, 1.5),))
+    assert SaturatedEngine.from_plain(json.loads(json.dumps(engine.to_plain()))) == engine
+    older = {name: value for name, value in ENGINE.to_plain().items() if name in ("rates", *OLDER)}
+    assert SaturatedEngine.from_plain(older).bursts == ()
+
+
+def test_a_learners_rate_is_that_of_the_time_in_which_an_engine_was_measured() -> None:
+    batches = [(1.0, 100.0), (2.0, 100.0), (4.0, 100.0), (6.0, 100.0)]
+    assert rate_between(batches, 1.5, 2.0) == pytest.approx(100.0)
+    assert rate_between(batches, 3.0, 5.0) == pytest.approx(50.0)

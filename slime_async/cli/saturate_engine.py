@@ -1,0 +1,233 @@
+"""One engine of a run, as full as it can be: alone at several loads and in bursts, or beside whatever else computes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, NamedTuple
+
+from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
+from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine
+from slime_async.config import Config
+from slime_async.protocol import Reservation
+from slime_async.trajectory import TaskRef, Trajectory, WeightId
+
+if TYPE_CHECKING:
+    from slime_async.actors.engine import Engine
+    from slime_async.actors.rollout import Rollout
+
+SPARE = 2.0
+"""Episodes over what an engine decodes at once, so that it is always full"""
+SETTLE_FRACTION = 0.5
+"""Of a measurement's time, spent beforehand at the same load"""
+POLL_S = 0.05
+BURSTS = (1, 8, 32, 128, 384)
+"""Requests, up to what the engine decodes at once"""
+BURST_FRACTION = 0.125
+"""Of a measurement's time, for the bursts of one size and length; at least one is made"""
+MAX_BURSTS = 25
+PROMPT_IDS = 10
+"""Their prompts are made of the first few ids, which every model has"""
+TOGETHER_TIMEOUT_S = 300.0
+"""For all engines that are to be full at the same time"""
+
+
+class Episode(NamedTuple):
+    """What the learner's batches are made of."""
+
+    tokens: int
+    sampled: int
+    reward: float
+
+
+async def saturate(config: Config, url: str) -> tuple[SaturatedEngine, list[list[Episode]]]:
+    """One engine alone: its rates at several loads, the last beyond what it decodes at once, and its bursts; with the
+    complete groups that it played."""
+    async with _Filled(config, url) as filled:
+        full = _full(config)
+        rates = []
+        for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
+            rates.append((await filled.rate(episodes, last=episodes > full))[0])
+        bursts = await filled.bursts(full)
+    groups = filled.player.complete_groups()
+    played = [episode for group in groups for episode in group]
+    engine = SaturatedEngine(
+        rates=tuple(sorted(rates, key=lambda rate: rate.running)),
+        tokens_per_sample=mean(episode.sampled for episode in played),
+        total_tokens_per_sample=mean(episode.tokens for episode in played),
+        tokens_per_request=filled.tokens_per_request,
+        bursts=tuple(bursts),
+    )
+    return engine, groups
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """A full engine, and when (``time.monotonic``, which all processes of a machine share) it was measured."""
+
+    tokens_per_s: float
+    began_s: float
+    ended_s: float
+
+
+async def keep_full(config: Config, url: str, together: Sequence[Path]) -> Full:
+    """One engine beside others: measured once the files ``together`` are there, of which each engine makes its own,
+    the first; there may be just that."""
+    async with _Filled(config, url) as filled:
+        together[0].touch()
+        deadline = time.monotonic() + TOGETHER_TIMEOUT_S
+        while not all(path.exists() for path in together):
+            if time.monotonic() > deadline:
+                missing = [path.name for path in together if not path.exists()]
+                raise TimeoutError(f"{missing} were not there within {TOGETHER_TIMEOUT_S:.0f} s: see their logs")
+            await asyncio.sleep(POLL_S)
+        rate, began_s, ended_s = await filled.rate(int(_full(config) * SPARE), last=False)
+    return Full(rate.tokens_per_s, began_s, ended_s)
+
+
+def _full(config: Config) -> int:
+    return min(config.actor.slots, config.actor.max_running_requests)
+
+
+def make_engine(config: Config, url: str) -> Engine:
+    """One engine with the run's settings, which serves the checkpoint's weights at once."""
+    from slime_async.actors.embedded.engine import EmbeddedEngine
+    from slime_async.actors.sglang.engine import SGLangEngine
+
+    checkpoint, context = Path(config.model.path), config.sampling.max_context_tokens
+    if url:
+        return SGLangEngine(checkpoint, engine_id="saturated", url=url, max_context=context, weights=WeightId(0, 0))
+    return EmbeddedEngine(
+        checkpoint,
+        slots=config.actor.max_running_requests,
+        max_context=context,
+        device=config.actor.device,
+        threads=config.actor.threads,
+        weights=WeightId(0, 0),
+    )
+
+
+class _Noted:
+    """An engine that remembers how long the prompts and answers of its requests were."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.prompts: list[int] = []
+        self.answers: list[int] = []
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        generation = await self._engine.generate(request)
+        self.prompts.append(len(request.prompt_ids))
+        self.answers.append(len(generation.output_ids))
+        return generation
+
+    async def abort(self, request_id: str) -> None:
+        await self._engine.abort(request_id)
+
+
+class _Filled:
+    """An engine and who gives it work."""
+
+    def __init__(self, config: Config, url: str) -> None:
+        from slime_async.actors.rollout import make_rollout
+
+        self._config = config
+        self._seconds = config.bench.saturated_s
+        self._engine = make_engine(config, url)
+        self._noted = _Noted(self._engine)
+        self.player = _Player(config, make_rollout(config, Path(config.model.path), self._noted))
+
+    async def __aenter__(self) -> _Filled:
+        await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._engine.close()
+
+    @property
+    def tokens_per_request(self) -> float:
+        return mean(self._noted.answers)
+
+    async def rate(self, episodes: int, *, last: bool) -> tuple[EngineRate, float, float]:
+        """At a steady load: tokens per second, and how many requests ran; when this began and ended.
+
+        The last load's episodes are played to their end: those that are done first are the short ones.
+        """
+        engine, player = self._engine, self.player
+        async with asyncio.TaskGroup() as tasks:
+            playing = [tasks.create_task(player.play()) for _ in range(episodes)]
+            await asyncio.sleep(self._seconds * SETTLE_FRACTION)
+            before, begun = (await engine.status()).generated_tokens, time.monotonic()
+            running = []
+            while time.monotonic() - begun < self._seconds:
+                await asyncio.sleep(POLL_S)
+                running.append((await engine.status()).running_requests)
+            tokens, ended = (await engine.status()).generated_tokens - before, time.monotonic()
+            player.closing = last
+            for task in () if last else playing:
+                task.cancel()
+        return EngineRate(sum(running) / len(running), tokens / (ended - begun)), begun, ended
+
+    async def bursts(self, full: int) -> list[Burst]:
+        """Of half and of one and a half times the mean answer, after prompts of the mean length: between the two,
+        contexts are as long as they are on average."""
+        answer, prompt = self.tokens_per_request, round(mean(self._noted.prompts))
+        room = self._config.sampling.max_context_tokens - prompt
+        lengths = max(1, round(answer / 2)), min(room, max(round(answer * 1.5), round(answer / 2) + 4))
+        found = []
+        for requests in sorted({min(size, full) for size in BURSTS}):
+            await self._burst(requests, prompt, 1)  # the first of its size may compile kernels
+            for tokens in lengths:
+                begun, seconds = time.monotonic(), [await self._burst(requests, prompt, tokens)]
+                while time.monotonic() - begun < self._seconds * BURST_FRACTION and len(seconds) < MAX_BURSTS:
+                    seconds.append(await self._burst(requests, prompt, tokens))
+                found.append(Burst(requests, tokens, median(seconds)))
+        return found
+
+    async def _burst(self, requests: int, prompt: int, tokens: int) -> float:
+        """Seconds. As in a run, the samples of a group share their prompt; nothing else does."""
+        sampling = SamplingParams(max_new_tokens=tokens)
+        group_size = self._config.batch.group_size
+        prompts = [random.choices(range(PROMPT_IDS), k=prompt) for _ in range(0, requests, group_size)]
+        begun = time.monotonic()
+        await asyncio.gather(
+            *(
+                self._engine.generate(GenerateRequest(uuid.uuid4().hex, prompts[i // group_size], sampling))
+                for i in range(requests)
+            )
+        )
+        return time.monotonic() - begun
+
+
+class _Player:
+    """Plays the tasks of a run in their order, any number at once."""
+
+    def __init__(self, config: Config, rollout: Rollout) -> None:
+        self._rollout = rollout
+        self._group_size = config.batch.group_size
+        [self._source] = list(config.task.train)[:1]
+        self._sizes = rollout.source_sizes
+        self._next = 0
+        self._played: dict[int, list[Episode]] = {}
+        self.closing = False
+        """Begin no more episodes"""
+
+    async def play(self) -> None:
+        while not self.closing:
+            serial, sample = divmod(self._next, self._group_size)
+            self._next += 1
+            task = TaskRef(serial, self._source, serial % self._sizes[self._source])
+            outcome = await self._rollout.run(Reservation(task, sample, 0))
+            if not isinstance(outcome, Trajectory):
+                raise RuntimeError(f"an episode failed: {outcome.reason}")
+            episode = Episode(len(outcome.token_ids), int(outcome.loss_mask.sum()), outcome.reward)
+            self._played.setdefault(serial, []).append(episode)
+
+    def complete_groups(self) -> list[list[Episode]]:
+        return [group for group in self._played.values() if len(group) == self._group_size]
