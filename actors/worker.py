@@ -356,11 +356,11 @@ async def _obey(command: EngineCommand, engine: Engine) -> Message:
             await engine.check_health()
             await engine.check_weights(command.manifest)
         case JoinWeightGroup():
-            await engine.join_weight_group(command.spec, command.rank_offset)
+            await engine.join_weight_group(command.spec, command.rank_offset, command.others)
         case PauseEngine():
             await engine.pause(PauseMode(command.mode))
         case ReceiveWeights():
-            await engine.receive_weights(command.manifest, command.weights, command.shared)
+            await engine.receive_weights(command.manifest, command.weights, command.shared, command.shares)
             return Received(engine.in_flight_at_update)
         case ResumeEngine():
             await engine.resume()
