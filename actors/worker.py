@@ -252,7 +252,7 @@ class Worker:
         if isinstance(command, PauseEngine):
             self._spans.pause()
         reply = await self._pool.command(
-            command.engine_id, partial(_obey, command), self._config.weights.command_timeout_s
+            command.engine_id, partial(obey, command), self._config.weights.command_timeout_s
         )
         if isinstance(command, ReceiveWeights):
             self._spans.received_weights()
@@ -349,7 +349,7 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
-async def _obey(command: EngineCommand, engine: Engine) -> Message:
+async def obey(command: EngineCommand, engine: Engine) -> Message:
     """One of the learner's commands, done."""
     match command:
         case PrepareWeights():

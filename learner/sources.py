@@ -60,7 +60,7 @@ def divide(sizes: Mapping[str, int], held: Sequence[AbstractSet[str]], count: in
 
 
 def choose(sizes: Mapping[str, int], held: Sequence[AbstractSet[str]], count: int) -> list[int]:
-    """``count`` ranks, rank 0 first: each next one holds the most of what the fewest before it hold.
+    """``count`` ranks, rank 0 first: each next one holds the most of what none before it holds, then of what few do.
 
     Of equals, the one furthest from the others: neighbours are tensor-parallel peers, which gather for each other.
     """
@@ -70,9 +70,10 @@ def choose(sizes: Mapping[str, int], held: Sequence[AbstractSet[str]], count: in
     while len(chosen) < count:
         holders = {name: sum(name in held[rank] for rank in chosen) for name in sizes}
 
-        def relief(rank: int, holders: Mapping[str, int] = holders) -> tuple[float, int]:
+        def relief(rank: int, holders: Mapping[str, int] = holders) -> tuple[int, float, int]:
+            new_bytes = sum(sizes[name] for name in held[rank] if not holders[name])
             bytes_relieved = sum(sizes[name] / (1 + holders[name]) for name in held[rank])
-            return bytes_relieved, min(abs(rank - other) for other in chosen)
+            return new_bytes, bytes_relieved, min(abs(rank - other) for other in chosen)
 
         chosen.append(max((rank for rank in range(len(held)) if rank not in chosen), key=relief))
     return chosen
