@@ -39,7 +39,7 @@ from benchmarks.weight_sync_models import (
     write_random_weights,
 )
 from slime_async.actors.embedded.engine import EmbeddedEngine
-from slime_async.actors.engine import Engine
+from slime_async.actors.engine import Engine, EngineError
 from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.engine import SGLangEngine
 from slime_async.actors.sglang.server import LaunchSpec, free_port
@@ -66,8 +66,9 @@ from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.client import HubClient
+from slime_async.transport.errors import RemoteError
 from slime_async.transport.hub import Hub
-from slime_async.transport.weight_group import WeightGroup
+from slime_async.transport.weight_group import WeightGroup, WeightGroupError
 
 START_TIMEOUT_S = 400.0
 """For a server, or for a learner of several ranks"""
@@ -216,7 +217,10 @@ class EngineActor:
     async def _handle(self, message: Message) -> Message | None:
         if isinstance(message, Granted | Shutdown):
             return None  # generates nothing
-        return await obey(message, self._engine)
+        try:
+            return await obey(message, self._engine)
+        except (EngineError, WeightGroupError, TimeoutError) as failed:
+            raise RemoteError(type(failed).__name__, str(failed)) from failed
 
     async def close(self) -> None:
         if self._client is not None:

@@ -59,15 +59,18 @@ def _versions(trainer: Trainer, out: Path, publish) -> None:  # type: ignore[no-
 
 def _publish(job, settings, trainer: Trainer, share: WeightShare) -> None:  # type: ignore[no-untyped-def]
     engines: list[tuple[EngineInfo, ...]] = []
+    publishers: list[Publisher] = []
 
     async def handle(message: Message) -> None:
         if isinstance(message, Membership):
             engines.append(message.engines)
-            publisher.set_engines(message.engines)
+            for publisher in publishers:
+                publisher.set_engines(message.engines)
 
     with BlockingClient(job["hub"], Hello("learner", "learner", incarnation=1), handler=handle) as client:
         recorder = SpanRecorder(Path(job["out"]) / "spans.jsonl", "learner")
         publisher = Publisher(client, settings, "gloo", recorder, others=share.others)
+        publishers.append(publisher)
         publisher.set_engines(engines[-1] if engines else client.welcome.engines)
         outlet = PublishingOutlet(share, publisher, DEADLINE_S)
 
