@@ -124,27 +124,32 @@ class GroupCarrier:
         self._source.leave()
         try:
             self._answers(leaving)
-        except (SourceLost, WeightGroupError) as error:  # what is asked of that source next says so again
-            log.warning("a source could not leave its weight groups: %s", error)
+        except (
+            SourceLost,
+            WeightGroupError,
+        ) as error:  # at a run's end as it should be; else the next order fails, too
+            log.info("a source did not leave its weight groups: %s", error)
 
     def _parts(self, snapshot: Snapshot) -> list[WeightManifest]:
         return [snapshot.manifest, *(other.part for other in self._others)]
 
     def _begin_receiving(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Call]:
-        parts, receiving = self._parts(snapshot), []
+        parts = self._parts(snapshot)
+        receiving: list[Call] = []
         for number, lane in enumerate(lanes(engines, self._sources)):
             order = [parts[source].tensors for source in sources_of_lane(number, self._sources)]
             manifest = WeightManifest(tuple(tensor for part in order for tensor in part))
             shares = tuple(map(len, order)) if self._others else ()
-            receiving += self._commands.begin_all(
-                lane, lambda e, m=manifest, s=shares: ReceiveWeights(e.engine_id, m, snapshot.weights, shares=s)
-            )
+            for engine in lane:
+                command = ReceiveWeights(engine.engine_id, manifest, snapshot.weights, shares=shares)
+                receiving.append(self._commands.begin(engine, command))
         return receiving
 
     def _follow(self, sending: Sequence[Future[dict[str, Any]]], receiving: Sequence[Call]) -> None:
         """Until the other sources have sent their parts. Raises as soon as one of them or an engine failed."""
         calls = [call for _, call in receiving]
-        wait([*sending, *calls], self._config.command_timeout_s, FIRST_EXCEPTION)
+        everything: list[Future[Any]] = [*sending, *calls]
+        wait(everything, self._config.command_timeout_s, FIRST_EXCEPTION)
         if failed := [call for call in calls if call.done() and call.exception() is not None]:
             raise WeightGroupError(f"given up, as an engine says: {failed[0].exception()}")
         self._answers(sending)

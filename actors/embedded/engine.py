@@ -180,11 +180,12 @@ class EmbeddedEngine:
         for group, part in zip(self._groups, shares_of(manifest, shares, len(self._groups)), strict=True):
             receiving = in_daemon_thread(partial(group.receive, part, self._device), f"receive {self.engine_id}")
             try:
-                tensors |= await asyncio.wrap_future(receiving)
+                received = await asyncio.wrap_future(receiving)
             except asyncio.CancelledError:
                 self._groups.remove(group)
                 in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
                 raise
+            tensors |= received
         return tensors
 
     async def status(self) -> EngineStatus:
