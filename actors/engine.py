@@ -156,16 +156,28 @@ class Engine(Protocol):
     def in_flight_at_update(self) -> int:
         """Requests that were being sampled when the last weights arrived."""
 
-    async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
-        """Join a group of which the learner is rank 0; leaves the one before. Returns when all have joined."""
+    async def join_weight_group(
+        self, spec: WeightGroupSpec, rank_offset: int, others: Sequence[WeightGroupSpec] = ()
+    ) -> None:
+        """Join a group of which the learner is rank 0, then ``others``, each with another of its ranks as rank 0.
+
+        Leaves those before. Returns when all have joined.
+        """
 
     async def check_weights(self, manifest: WeightManifest) -> None:
         """Raises ``ValueError`` for weights of another model: asked before anybody sends, when it costs nothing yet."""
 
     async def receive_weights(
-        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+        self,
+        manifest: WeightManifest,
+        weights: WeightId,
+        shared: Sequence[SharedTensor] = (),
+        shares: Sequence[int] = (),
     ) -> None:
-        """Take part in one broadcast, or take what is ``shared``; use it from the next sampled token on."""
+        """Take part in one broadcast, or take what is ``shared``; use it from the next sampled token on.
+
+        ``shares``: how many of the manifest's tensors come over each of the groups joined, one group after the other.
+        """
 
     async def status(self) -> EngineStatus:
         """Raises ``EngineError`` when the engine died. Costs nothing."""

@@ -252,7 +252,7 @@ class Worker:
         if isinstance(command, PauseEngine):
             self._spans.pause()
         reply = await self._pool.command(
-            command.engine_id, partial(_obey, command), self._config.weights.command_timeout_s
+            command.engine_id, partial(obey, command), self._config.weights.command_timeout_s
         )
         if isinstance(command, ReceiveWeights):
             self._spans.received_weights()
@@ -349,18 +349,18 @@ class Worker:
             tokens, at = status.generated_tokens, now
 
 
-async def _obey(command: EngineCommand, engine: Engine) -> Message:
+async def obey(command: EngineCommand, engine: Engine) -> Message:
     """One of the learner's commands, done."""
     match command:
         case PrepareWeights():
             await engine.check_health()
             await engine.check_weights(command.manifest)
         case JoinWeightGroup():
-            await engine.join_weight_group(command.spec, command.rank_offset)
+            await engine.join_weight_group(command.spec, command.rank_offset, command.others)
         case PauseEngine():
             await engine.pause(PauseMode(command.mode))
         case ReceiveWeights():
-            await engine.receive_weights(command.manifest, command.weights, command.shared)
+            await engine.receive_weights(command.manifest, command.weights, command.shared, command.shares)
             return Received(engine.in_flight_at_update)
         case ResumeEngine():
             await engine.resume()

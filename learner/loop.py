@@ -10,7 +10,8 @@
         fill(snapshot)                                             the conversion out of the model
         checkpointer.after_batch(version + 1)                      only if one is due and the one before not written
 
-The same loop runs on every rank; rank 0's ``Reporting`` talks to hub, publisher and files, the others' does nothing.
+The same loop runs on every rank; rank 0's ``Outlet`` talks to hub, publisher and files, the others' hand out their part
+of the weights where several ranks are sources, and do nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from slime_async.learner.checkpoint.checkpointer import Checkpointer
 from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed
 from slime_async.learner.trainer import Trainer
+from slime_async.learner.weights_outlet import WeightsOutlet
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 
@@ -54,12 +56,14 @@ class Outlet(Protocol):
 class SilentOutlet:
     """For every rank but the first: others speak for it."""
 
+    def __init__(self, weights: WeightsOutlet) -> None:
+        self._weights = weights
+
     def commit(self, train_version: int) -> None:
         """Rank 0 commits."""
 
     def publish(self, trainer: Trainer, weights: WeightId) -> float:
-        trainer.take_part_in_export()
-        return 0.0
+        return self._weights.publish(trainer, weights)
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """Rank 0 logs."""

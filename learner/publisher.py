@@ -28,6 +28,7 @@ from slime_async.config.schema import WeightsConfig
 from slime_async.learner.carriers import Backend, Carrier, make_carrier
 from slime_async.learner.commands import EngineCommands
 from slime_async.learner.snapshots import Snapshot
+from slime_async.learner.source_ranks import OtherSource
 from slime_async.protocol import (
     Drain,
     EngineInfo,
@@ -78,8 +79,9 @@ class Publisher:
         backend: Backend,
         recorder: SpanRecorder,
         address: str = "127.0.0.1",
+        others: Sequence[OtherSource] = (),
     ) -> None:
-        """``address`` is where engines can reach this process."""
+        """``address`` is where engines can reach this process; ``others`` send parts of the weights beside it."""
         self._client = client
         self._config = config
         self._recorder = recorder
@@ -90,7 +92,7 @@ class Publisher:
         self._held: tuple[EngineInfo, ...] = ()
         self._published = -1
         self._commands = EngineCommands(client, config)
-        self._carrier: Carrier = make_carrier(self._commands, config, backend, address)
+        self._carrier: Carrier = make_carrier(self._commands, config, backend, address, others)
         self._closing = False
         self._failure: BaseException | None = None
         self._times: list[PublishTimes] = []
@@ -225,11 +227,12 @@ class Publisher:
         if self._config.publish == "batch_boundary":
             self._client.call(Drain(self._config.timeout_s), self._config.timeout_s * 2, retry=True)
         preparing = time.monotonic_ns()
-        commands.tell(engines, lambda e: PrepareWeights(e.engine_id, weights, snapshot.manifest))
+        manifest = self._carrier.manifest(snapshot)
+        commands.tell(engines, lambda e: PrepareWeights(e.engine_id, weights, manifest))
         joining = time.monotonic_ns()
         self._carrier.connect(engines)
         converting = time.monotonic_ns()
-        snapshot.wait_queued(self._config.timeout_s)  # beside the thread that queues them broadcasts would be slower
+        self._carrier.wait_queued(snapshot)  # beside the thread that queues them broadcasts would be slower
         paused = time.monotonic_ns()
         commands.tell(engines, lambda e: PauseEngine(e.engine_id, self._config.pause))
         sent = time.monotonic_ns()

@@ -21,7 +21,7 @@ from slime_async.addresses import own_address
 from slime_async.config import Config
 from slime_async.correction.floor import MismatchFloor
 from slime_async.correction.warnings import WarningLog
-from slime_async.learner.carriers import Backend
+from slime_async.learner.carriers import weight_backend
 from slime_async.learner.checkpoint.checkpointer import Checkpointer, OnDurable
 from slime_async.learner.checkpoint.directory import CheckpointDirectory
 from slime_async.learner.checkpoint.start import Start
@@ -31,9 +31,9 @@ from slime_async.learner.fetch import fetching_feed
 from slime_async.learner.loop import SilentOutlet, train
 from slime_async.learner.megatron.parallel import data_parallel_leaders
 from slime_async.learner.publisher import Publisher
-from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.learner.warm_start import Progress, warm_start
+from slime_async.learner.weights_outlet import FollowingOutlet, PublishingOutlet, WeightShare, WeightsOutlet
 from slime_async.protocol import (
     Commit,
     Durable,
@@ -92,8 +92,10 @@ class HubOutlet:
         run_directory: Path,
         clock: ClockKeeper,
         incarnation: int,
+        weights: WeightsOutlet,
     ) -> None:
         self._config = config
+        self._weights = weights
         self._evaluations = evaluations
         self._client = client
         self._clock = clock
@@ -105,7 +107,6 @@ class HubOutlet:
         self._warnings = WarningLog(config.algorithm)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl", incarnation)
         self._loggers = make_loggers(config, run_directory)
-        self._snapshots: Snapshots | None = None
         self._report: Report = {}
 
     def commit(self, train_version: int) -> None:
@@ -116,12 +117,7 @@ class HubOutlet:
         self._events.write("checkpoint", version=version, seconds=seconds)
 
     def publish(self, trainer: Trainer, weights: WeightId) -> float:
-        if self._snapshots is None:
-            self._snapshots = Snapshots(trainer.manifest(), trainer.device)
-        snapshot = self._snapshots.begin(weights)
-        waited_s = self._publisher.publish(snapshot, publication_timeout_s(self._config))
-        self._snapshots.fill(snapshot, trainer.export)  # the buffers are free from here on
-        return waited_s
+        return self._weights.publish(trainer, weights)
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self._evaluations.published(self._publisher.published)
@@ -223,12 +219,14 @@ class Learner:
             self._recorder.started()
             Start.share(self._start, self._checkpoints, trainer.device)
             clock = ClockKeeper(self._client, self._recorder)
+            share = WeightShare.agree(self._config, trainer, own_address(self._hub_address))
             self._publisher = Publisher(
                 self._client,
                 self._config.weights,
-                weight_backend(self._config, trainer),
+                weight_backend(self._config.weights, trainer.device),
                 self._recorder,
                 own_address(self._hub_address),
+                share.others,
             )
             self._mail.publisher = self._publisher
             self._publisher.set_engines(self._mail.engines)
@@ -244,6 +242,7 @@ class Learner:
                 self._run_directory,
                 clock,
                 self._start.incarnation,
+                PublishingOutlet(share, self._publisher, publication_timeout_s(self._config)),
             )
             self._phases(trainer)
             self._client.call(Finish("the run is complete"), call_timeout_s(self._config), retry=True)
@@ -342,13 +341,6 @@ def publication_timeout_s(config: Config) -> float:
     return config.weights.timeout_s * 4 + config.actor.startup_timeout_s
 
 
-def weight_backend(config: Config, trainer: Trainer) -> Backend:
-    """As configured; ``auto`` follows the device of the learner's weights."""
-    if config.weights.backend != "auto":
-        return config.weights.backend
-    return "nccl" if trainer.device.type == "cuda" else "gloo"
-
-
 def begin_weights(
     config: Config,
     trainer: Trainer,
@@ -373,19 +365,22 @@ def begin_weights(
 def follow(config: Config, hub_address: str, run_directory: Path) -> None:
     """Every rank but the first: the same phases, with nothing to say."""
     name = f"learner-{os.environ['RANK']}"
-    checkpoints, outlet = CheckpointDirectory(run_directory / "checkpoints"), SilentOutlet()
+    checkpoints = CheckpointDirectory(run_directory / "checkpoints")
     with closing(SpanRecorder(run_directory / "spans" / f"{name}.jsonl", name, "learner")) as recorder:
         trainer = Trainer.build(config, Path(config.model.path))
         trainer.on_phase = recorder.add
         recorder.started()
         start = Start.share(None, checkpoints, trainer.device)
+        share = WeightShare.agree(config, trainer, own_address(hub_address))
+        outlet = SilentOutlet(FollowingOutlet(share, publication_timeout_s(config)))
         with recorder.span("supervised"):
             checkpointer = begin_weights(config, trainer, start, checkpoints, outlet.durable, lambda *_: None)
-        trainer.take_part_in_export()  # of what RL starts from
+        outlet.publish(trainer, WeightId(start.incarnation, start.version))  # what RL starts from
         leaders, patience_s = data_parallel_leaders(trainer.device), call_timeout_s(config)
         with fetching_feed(config, hub_address, start.incarnation, leaders, trainer.device, patience_s) as feed:
             train(config, trainer, feed, outlet, recorder, checkpointer, start)
         trainer.save_hf(checkpoints.path / "final")
+        share.close()
 
 
 def run_learner(config: Config, hub_address: str, run_directory: Path) -> None:

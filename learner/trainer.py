@@ -60,6 +60,7 @@ from slime_async.learner.sequences import (
     split_minibatches,
 )
 from slime_async.learner.snapshots import Place
+from slime_async.learner.sources import Division
 from slime_async.packing import pack
 from slime_async.protocol import WeightManifest
 from slime_async.telemetry.progress import Progress, silent
@@ -255,6 +256,14 @@ class Trainer:
     def take_part_in_export(self) -> None:
         """For ranks that want no tensors, while others export."""
         self._model.weights.take_part_in_export()
+
+    def divide(self, sources: int) -> Division:
+        """The weights among so many source ranks. A collective."""
+        return self._model.weights.divide(sources)
+
+    def export_part(self, division: Division, place: Place) -> Iterator[tuple[str, Tensor]]:
+        """As ``export``, but only what this rank is the source of. A collective: every rank runs it to the end."""
+        return self._model.weights.export_part(division.source_of, place)
 
     def manifest(self) -> WeightManifest:
         """What ``export`` yields; the same for every layout."""

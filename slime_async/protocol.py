@@ -46,7 +46,7 @@ from typing import Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Peers of different protocol versions refuse each other, naming both."""
 
 Role = Literal["actor", "learner", "observer"]
@@ -365,7 +365,7 @@ class Finish(Message):
 
 @dataclass(frozen=True, slots=True)
 class WeightGroupSpec:
-    """How to find a weight group. Rank 0 is the learner's source rank; ``epoch`` counts memberships."""
+    """How to find a weight group. Rank 0 is a source rank of the learner; ``epoch`` counts memberships."""
 
     name: str
     epoch: int
@@ -442,6 +442,8 @@ class JoinWeightGroup(Message):
     engine_id: str
     spec: WeightGroupSpec
     rank_offset: int
+    others: tuple[WeightGroupSpec, ...] = ()
+    """Where several ranks of the learner send: the same engines' groups with the sources after the first"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +466,8 @@ class ReceiveWeights(Message):
     weights: WeightId
     shared: tuple[SharedTensor, ...] = ()
     """Where the tensors lie, in the manifest's order; empty when they are broadcast"""
+    shares: tuple[int, ...] = ()
+    """How many of the tensors come over each of the engine's groups, in the order it joined them; empty: it has one"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The process group that carries weights from the learner's source rank (0) to every engine rank.
+"""The process group that carries weights from a source rank of the learner (0) to every engine rank.
 
 It lives beside whatever default group the process has (there may be none) and registers nothing globally, so that
 groups come and go as engines do::
@@ -29,6 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -75,7 +76,7 @@ def host_group(
         raise ValueError(f"world_size is {world_size}: a weight group needs the learner and at least one engine rank")
     if timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}: must be positive")
-    listener = _listener()
+    listener = listen()
     # multi_tenant: create() opens the same server again, which is what counts who has joined. It is found by its port,
     # under which torch keeps a server of the past if it has chosen the port itself: so it is told ours.
     store = TCPStore(
@@ -99,8 +100,8 @@ def host_group(
     return spec, store
 
 
-def _listener(port: int = 0) -> socket.socket:
-    """On every interface; 0 takes a free port."""
+def listen(port: int = 0) -> socket.socket:
+    """A socket that listens on every interface; 0 takes a free port."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):  # a kernel that knows IPv6, on a machine where it is switched off
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -145,12 +146,17 @@ class WeightGroup:
         waiting_s = spec.timeout_s + STORE_GRACE_S
         return cls(spec, rank, _outcome(joining, spec, rank, "not everybody joined", waiting_s))
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]], unless: Sequence[Future[Any]] = ()) -> None:
+    def send(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        unless: Sequence[Future[Any]] = (),
+        device: torch.device | None = None,
+    ) -> None:
         """Rank 0: broadcast the tensors in order, in the dtype and on the device they have; blocks until sent.
 
-        ``tensors`` is iterated on another thread, on CUDA with a stream of its own: what is still in the making there
-        must make that stream wait before it is yielded. As soon as one of ``unless`` fails (an engine said that it will
-        not receive), the broadcast is given up.
+        ``tensors`` is iterated on another thread, on CUDA with a stream of its own on ``device`` (None: the process's
+        first): what is still in the making there must make that stream wait before it is yielded. As soon as one of
+        ``unless`` fails (an engine said that it will not receive), the broadcast is given up.
         Returning says that this rank's part is done: a receiver further down the tree may have failed, so wait for
         every engine's acknowledgement before counting on it.
         Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
@@ -158,7 +164,7 @@ class WeightGroup:
         if self.rank != 0:
             raise ValueError(f"rank {self.rank} of weight group {self.spec.name!r} cannot send: rank 0 does")
         contiguous = (tensor.detach().contiguous() for _, tensor in tensors)
-        self._run(lambda: self._broadcast_beside(contiguous), "send", unless)
+        self._run(lambda: self._broadcast_beside(contiguous, device), "send", unless)
 
     def receive(self, manifest: WeightManifest, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Engine ranks: take part in one broadcast; the tensors by name, freshly allocated on ``device``.
@@ -186,12 +192,12 @@ class WeightGroup:
         except TimeoutError:
             logger.error("weight group %r: rank %d could not be aborted; restart it", self.spec.name, self.rank)
 
-    def _broadcast_beside(self, tensors: Iterable[Tensor]) -> None:
+    def _broadcast_beside(self, tensors: Iterable[Tensor], device: torch.device | None) -> None:
         """On a stream of its own, so that nothing that the process computes meanwhile is waited for."""
         if self.spec.backend == "gloo":
             self._broadcast(tensors)
             return
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             self._broadcast(tensors)
 
     def _broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -237,7 +243,7 @@ class WeightGroup:
             done, _ = wait({running, *awaited}, left_s, FIRST_COMPLETED)
             for call in done & awaited:
                 if (error := call.exception()) is not None:
-                    raise WeightGroupError(f"weight group {self.spec.name!r}: given up, as an engine says: {error}")
+                    raise WeightGroupError(f"weight group {self.spec.name!r}: given up, as another says: {error}")
             awaited -= done
         return max(0.0, deadline - time.monotonic())
 
@@ -285,6 +291,21 @@ def torch_dtype(name: str) -> torch.dtype:
 def tensor_bytes(spec: TensorSpec) -> int:
     """Of the whole tensor's contents."""
     return math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
+
+
+def shares_of(manifest: WeightManifest, shares: Sequence[int], groups: int) -> list[WeightManifest]:
+    """What each of an engine's groups brings, of ``manifest``'s tensors in their order; one group brings all.
+
+    Raises ``ValueError`` for shares that are not the groups', or not of that many tensors.
+    """
+    counts = list(shares) or [len(manifest.tensors)]
+    if len(counts) != groups or sum(counts) != len(manifest.tensors):
+        raise ValueError(
+            f"shares of {counts} tensors do not divide {len(manifest.tensors)} tensors over {groups} weight groups: "
+            "join as many groups as there are sources, and name each one's share"
+        )
+    rest = iter(manifest.tensors)
+    return [WeightManifest(tuple(islice(rest, count))) for count in counts]
 
 
 def consecutive_parts(manifest: WeightManifest, limit_bytes: int) -> list[list[TensorSpec]]:

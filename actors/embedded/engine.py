@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.threads import in_daemon_thread
-from slime_async.transport.weight_group import WeightGroup
+from slime_async.transport.weight_group import WeightGroup, shares_of
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that one step may still take when the engine is closed."""
@@ -86,7 +87,7 @@ class EmbeddedEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Future[Generation]] = set()
         self._requests: dict[asyncio.Future[Generation], str] = {}
-        self._group: WeightGroup | None = None
+        self._groups: list[WeightGroup] = []
         self.in_flight_at_update = 0
         """Requests that were being sampled when the last weights arrived"""
 
@@ -136,28 +137,35 @@ class EmbeddedEngine:
     async def resume(self) -> None:
         await self._command(self._scheduler.resume)
 
-    async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
+    async def join_weight_group(
+        self, spec: WeightGroupSpec, rank_offset: int, others: Sequence[WeightGroupSpec] = ()
+    ) -> None:
         self._check_alive()
-        await self._leave_group()
-        joining = in_daemon_thread(lambda: WeightGroup.create(spec, rank_offset), f"join {self.engine_id}")
-        try:
-            self._group = await asyncio.wrap_future(joining)
-        except asyncio.CancelledError:
-            joining.add_done_callback(_leave)  # the thread goes on joining: a member that nobody knows of would stay
-            raise
+        await self._leave_groups()
+        for one in (spec, *others):
+            joining = in_daemon_thread(partial(WeightGroup.create, one, rank_offset), f"join {self.engine_id}")
+            try:
+                self._groups.append(await asyncio.wrap_future(joining))
+            except asyncio.CancelledError:
+                joining.add_done_callback(_leave)  # the thread goes on: a member that nobody knows of would stay
+                raise
 
     async def check_weights(self, manifest: WeightManifest) -> None:
         self._decoder.check_shapes({tensor.name: tensor.shape for tensor in manifest.tensors})
 
     async def receive_weights(
-        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+        self,
+        manifest: WeightManifest,
+        weights: WeightId,
+        shared: Sequence[SharedTensor] = (),
+        shares: Sequence[int] = (),
     ) -> None:
         self._check_alive()
         if shared:
             opened = ((spec.name, open_tensor(spec, one)) for spec, one in zip(manifest.tensors, shared, strict=True))
             tensors = dict(opened)
         else:
-            tensors = await self._receive_broadcast(manifest)
+            tensors = await self._receive_broadcast(manifest, shares)
 
         def use() -> None:
             self.in_flight_at_update = self._scheduler.running
@@ -165,17 +173,20 @@ class EmbeddedEngine:
 
         await self._command(use)
 
-    async def _receive_broadcast(self, manifest: WeightManifest) -> dict[str, Tensor]:
-        group = self._group
-        if group is None:
+    async def _receive_broadcast(self, manifest: WeightManifest, shares: Sequence[int]) -> dict[str, Tensor]:
+        if not self._groups:
             raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
-        receiving = in_daemon_thread(lambda: group.receive(manifest, self._device), f"receive {self.engine_id}")
-        try:
-            return await asyncio.wrap_future(receiving)
-        except asyncio.CancelledError:
-            self._group = None
-            in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
-            raise
+        tensors: dict[str, Tensor] = {}
+        for group, part in zip(self._groups, shares_of(manifest, shares, len(self._groups)), strict=True):
+            receiving = in_daemon_thread(partial(group.receive, part, self._device), f"receive {self.engine_id}")
+            try:
+                received = await asyncio.wrap_future(receiving)
+            except asyncio.CancelledError:
+                self._groups.remove(group)
+                in_daemon_thread(group.close, f"leave {self.engine_id}")  # half a broadcast taken: of no further use
+                raise
+            tensors |= received
+        return tensors
 
     async def status(self) -> EngineStatus:
         self._check_alive()
@@ -198,7 +209,7 @@ class EmbeddedEngine:
             self._wakeup.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
-        await self._leave_group()
+        await self._leave_groups()
         self._fail_open(f"engine {self.engine_id} was closed")
 
     # ------------------------------------------------------------------------------------------ event loop's side
@@ -230,9 +241,9 @@ class EmbeddedEngine:
         finally:
             self._open.discard(future)
 
-    async def _leave_group(self) -> None:
-        if self._group is not None:
-            group, self._group = self._group, None
+    async def _leave_groups(self) -> None:
+        groups, self._groups = self._groups, []
+        for group in groups:
             await asyncio.to_thread(group.close)
 
     def _fail_open(self, message: str, cause: BaseException | None = None) -> None:

@@ -347,10 +347,12 @@ class SGLangEngine:
         self._progress_at = time.monotonic()
         await self._notify()
 
-    async def join_weight_group(self, spec: WeightGroupSpec, rank_offset: int) -> None:
+    async def join_weight_group(
+        self, spec: WeightGroupSpec, rank_offset: int, others: Sequence[WeightGroupSpec] = ()
+    ) -> None:
         updates = self._check_updates()
         try:
-            await updates.join(spec, rank_offset)
+            await updates.join((spec, *others), rank_offset)
         except ServerStuck as error:
             await self._fail(error)
             raise
@@ -359,13 +361,17 @@ class SGLangEngine:
         self._model.check_manifest(manifest)
 
     async def receive_weights(
-        self, manifest: WeightManifest, weights: WeightId, shared: Sequence[SharedTensor] = ()
+        self,
+        manifest: WeightManifest,
+        weights: WeightId,
+        shared: Sequence[SharedTensor] = (),
+        shares: Sequence[int] = (),
     ) -> None:
         updates = self._check_updates()
         if shared:
             await self._use(weights, lambda label, flush: updates.open_shared(manifest, shared, label, flush=flush))
         else:
-            await self._use(weights, lambda label, flush: updates.broadcast(manifest, label, flush=flush))
+            await self._use(weights, lambda label, flush: updates.broadcast(manifest, shares, label, flush=flush))
 
     async def _use(self, weights: WeightId, update: Callable[[str, bool], Awaitable[None]]) -> None:
         """Replace the weights by what ``update`` brings. Where it fails, the engine is left without any."""

@@ -15,7 +15,7 @@ from slime_async.actors.sglang.client import EngineRefused, SGLangClient
 from slime_async.actors.sglang.versions import Features
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.transport.shared_tensors import reduction
-from slime_async.transport.weight_group import consecutive_parts
+from slime_async.transport.weight_group import consecutive_parts, shares_of
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ServerStuck(EngineError):
 
 
 class WeightUpdates:
-    """The weight group of one server. One call at a time."""
+    """The weight groups of one server. One call at a time."""
 
     def __init__(self, client: SGLangClient, features: Features, name: str, call_bytes: int) -> None:
         """``call_bytes``: at most so much of the weights in one call, as the server holds a call's whole."""
@@ -42,49 +42,51 @@ class WeightUpdates:
         self._call_bytes = call_bytes
         self._features = features
         self._name = name
-        self._group = ""
+        self._groups: list[str] = []
         self._timeout_s = 0.0
 
-    async def join(self, spec: WeightGroupSpec, rank_offset: int) -> None:
-        """Returns when all have joined. Raises ``EngineRefused``, or ``ServerStuck`` at the group's deadline."""
+    async def join(self, specs: Sequence[WeightGroupSpec], rank_offset: int) -> None:
+        """Returns when all have joined. Raises ``EngineRefused``, or ``ServerStuck`` at a group's deadline."""
         await self.leave()
-        body = {
-            "master_address": spec.master_address,
-            "master_port": spec.master_port,
-            "rank_offset": rank_offset,
-            "world_size": spec.world_size,
-            "group_name": spec.name,
-            "backend": spec.backend,
-        }
-        await self._collective("/init_weights_update_group", body, spec.timeout_s)
-        self._group, self._timeout_s = spec.name, spec.timeout_s
+        for spec in specs:
+            body = {
+                "master_address": spec.master_address,
+                "master_port": spec.master_port,
+                "rank_offset": rank_offset,
+                "world_size": spec.world_size,
+                "group_name": spec.name,
+                "backend": spec.backend,
+            }
+            await self._collective("/init_weights_update_group", body, spec.timeout_s)
+            self._groups.append(spec.name)
+            self._timeout_s = spec.timeout_s
 
     async def leave(self) -> None:
-        """Leave the group, if the server is in one. A server that cannot will not join another in time, either."""
-        group, self._group = self._group, ""
-        if not group:
-            return
-        try:
-            await self._client.post("/destroy_weights_update_group", {"group_name": group}, LEAVE_TIMEOUT_S)
-        except EngineError as error:
-            log.warning("%s could not leave weight group %s: %s", self._name, group, error)
+        """Leave the groups the server is in. A server that cannot will not join others in time, either."""
+        groups, self._groups = self._groups, []
+        for group in groups:
+            try:
+                await self._client.post("/destroy_weights_update_group", {"group_name": group}, LEAVE_TIMEOUT_S)
+            except EngineError as error:
+                log.warning("%s could not leave weight group %s: %s", self._name, group, error)
 
-    async def broadcast(self, manifest: WeightManifest, label: str, *, flush: bool) -> None:
-        """Take part in one broadcast, one collective per tensor in the manifest's order.
+    async def broadcast(self, manifest: WeightManifest, shares: Sequence[int], label: str, *, flush: bool) -> None:
+        """Take part in one broadcast, one collective per tensor in the manifest's order, group after group.
 
         Raises ``EngineError`` outside a group; ``EngineRefused`` where the server has taken nothing or half of it and
         lives; ``ServerStuck`` where it does not return.
         """
-        if not self._group:
+        if not self._groups:
             raise EngineError(f"{self._name} is in no weight group: join one before receiving weights")
         bodies = [
             {
                 "names": [tensor.name for tensor in part],
                 "dtypes": [tensor.dtype for tensor in part],
                 "shapes": [list(tensor.shape) for tensor in part],
-                "group_name": self._group,
+                "group_name": group,
             }
-            for part in consecutive_parts(manifest, self._call_bytes)
+            for group, share in zip(self._groups, shares_of(manifest, shares, len(self._groups)), strict=True)
+            for part in consecutive_parts(share, self._call_bytes)
         ]
         await self._update("/update_weights_from_distributed", bodies, label, flush=flush, timeout_s=self._timeout_s)
 

@@ -1,12 +1,12 @@
 """Hugging Face weights in and out of a model in any layout.
 
 Loading reads only this rank's slices and needs no communication. Export is a collective: every rank calls it and gets
-every whole tensor, in the manifest's order.
+every whole tensor, in the manifest's order; or, where several ranks are sources, each of them those that it sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from slime_async.learner.megatron.architecture import Architecture
 from slime_async.learner.megatron.naming import EMBEDDING, OUTPUT, VALUE_HEAD, Unit, global_name, units
 from slime_async.learner.megatron.options import Layout
 from slime_async.learner.snapshots import Place
+from slime_async.learner.sources import Division, divide
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.telemetry.progress import Progress, silent
+from slime_async.transport.weight_group import tensor_bytes
 
 
 def manifest(model: Architecture, dtype: torch.dtype) -> WeightManifest:
@@ -128,6 +130,39 @@ class WeightMap:
         for unit in self._units.values():
             self._gather(unit, None)
 
+    def divide(self, count: int) -> Division:
+        """The weights among ``count`` source ranks. A collective."""
+        names = list(self._units)
+        mine = torch.tensor([name in self._parameters for name in names], dtype=torch.uint8, device=self._device)
+        flags = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(flags, mine)
+        held = [{name for name, holds in zip(names, rank.tolist(), strict=True) if holds} for rank in flags]
+        tensors = {tensor.name: tensor for tensor in self.manifest().tensors}
+        sizes = {u.name: sum(tensor_bytes(tensors[name]) for name in u.hf_names) for u in self._units.values()}
+        source_of = divide(sizes, held, count)
+        parts: dict[int, list[TensorSpec]] = {rank: [] for rank in sorted(set(source_of.values()))}
+        for unit in self._units.values():
+            parts[source_of[unit.name]] += [tensors[name] for name in unit.hf_names]
+        return Division(source_of, {rank: WeightManifest(tuple(part)) for rank, part in parts.items()})
+
+    @torch.no_grad()
+    def export_part(self, source_of: Mapping[str, int], place: Place) -> Iterator[tuple[str, Tensor]]:
+        """What this rank is the source of, in manifest order, nothing where it is none. A collective: run to the end.
+
+        A unit's shards are gathered by the source's tensor-parallel peers alone, and go no further.
+        """
+        name, rank = str(self._dtype).removeprefix("torch."), dist.get_rank()
+        for unit in self._units.values():
+            source = source_of[unit.name]
+            if source not in dist.get_process_group_ranks(_tensor_parallel_group(unit)):
+                continue
+            shapes = zip(unit.hf_names, unit.hf_shapes, strict=True)
+            targets = [place(TensorSpec(n, name, shape)) for n, shape in shapes] if rank == source else []
+            shards = self._gather_shards(unit, self._landing(unit, targets) if targets else None)
+            if targets:
+                self._assemble(unit, shards, targets)
+                yield from zip(unit.hf_names, targets, strict=True)
+
     def _landing(self, unit: Unit, targets: list[Tensor]) -> list[Tensor] | None:
         """Parts of the target that shards can be gathered into as they are; None where they have to be rearranged."""
         _, size = _tensor_parallel(unit)
@@ -169,23 +204,25 @@ class WeightMap:
 
         Where they travel, they come down in ``landing`` if that is given.
         """
-        route = self._route(unit)
-        _, size = _tensor_parallel(unit)
-        parameter = self._parameters.get(unit.name)
-        shard = torch.empty(0) if parameter is None else parameter.detach()
-        if unit.split != "none" and size > 1 and parameter is not None:
-            group = _tensor_parallel_group(unit)
-            shards = landing or [torch.empty_like(shard) for _ in range(size)]
-            dist.all_gather(shards, shard.contiguous(), group=group)
-        elif parameter is None:
-            shapes = self._shard_shapes(unit, size)
-            shards = landing or [torch.empty(s, dtype=self._dtype, device=self._device) for s in shapes]
+        if unit.name in self._parameters:
+            shards = self._gather_shards(unit, landing)
         else:
-            shards = [shard]
-        for group, source in route:
+            shapes = self._shard_shapes(unit, _tensor_parallel(unit)[1])
+            shards = landing or [torch.empty(s, dtype=self._dtype, device=self._device) for s in shapes]
+        for group, source in self._route(unit):
             for i, tensor in enumerate(shards):
                 shards[i] = tensor.contiguous()
                 dist.broadcast(shards[i], dist.get_global_rank(group, source), group=group)
+        return shards
+
+    def _gather_shards(self, unit: Unit, landing: list[Tensor] | None) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks that hold this rank's part of the model, as it does."""
+        _, size = _tensor_parallel(unit)
+        shard = self._parameters[unit.name].detach()
+        if unit.split == "none" or size == 1:
+            return [shard]
+        shards = landing or [torch.empty_like(shard) for _ in range(size)]
+        dist.all_gather(shards, shard.contiguous(), group=_tensor_parallel_group(unit))
         return shards
 
     def _route(self, unit: Unit) -> list[tuple[dist.ProcessGroup, int]]:

@@ -161,6 +161,14 @@ def _training(config: Config) -> Iterator[str]:
             f"run.deterministic = true needs staleness.max_staleness = 0, which is {config.staleness.max_staleness}: "
             "asynchronous runs depend on timing"
         )
+    sources, ranks = config.weights.sources, config.learner.ranks
+    if sources > ranks:
+        yield f"weights.sources = {sources} are more than learner.ranks = {ranks}: use at most as many"
+    if sources > 1 and config.weights.backend == "ipc":
+        yield (
+            f"weights.sources = {sources} send over process groups, but weights.backend = 'ipc' shares the memory of "
+            "one rank: set weights.sources = 1, or weights.backend = 'nccl' with devices of their own"
+        )
     for section in ("actor", "learner", "warm_start"):
         threads = getattr(config, section).threads
         if config.run.deterministic and threads > 1:

@@ -207,6 +207,9 @@ class WeightsConfig(Section):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """What carries them: a broadcast over gloo or nccl (auto: as the learner's device wants it), or ipc, through memory
     that learner and engine share, for both on one GPU"""
+    sources: PositiveInt = 1
+    """Ranks of the learner that send: 1 has everything brought to its first rank; several send what they hold
+    themselves, each a part, over groups of their own, to different engines at the same time"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
     engine_buffer_bytes: PositiveInt = 8 << 30

@@ -24,6 +24,7 @@ from slime_async.learner.checkpoint.start import Start
 from slime_async.learner.feed import Feed
 from slime_async.learner.loop import SilentOutlet, train
 from slime_async.learner.trainer import Trainer
+from slime_async.learner.weights_outlet import FollowingOutlet, WeightShare
 from slime_async.protocol import Batch
 from slime_async.telemetry.metrics import MetricsWriter
 from slime_async.telemetry.spans import SpanRecorder
@@ -73,6 +74,7 @@ class FileOutlet(SilentOutlet):
     """Metrics to the run's file; ``committed`` is called after each batch."""
 
     def __init__(self, run: Path, incarnation: int, committed: Callable[[int], None]) -> None:
+        super().__init__(FollowingOutlet(WeightShare(), 0.0))
         self.metrics = MetricsWriter(run / "metrics.jsonl", incarnation)
         self.durable_versions: list[int] = []
         self.on_durable = no_one

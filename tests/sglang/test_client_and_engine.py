@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,28 @@ def test_weights_beyond_the_servers_buffer_come_in_several_calls_and_the_last_na
             assert [body.get("weight_version") for body in calls] == [None, "1.4"]
             assert [body["flush_cache"] for body in calls] == [False, True]
             assert server.paths().count("/begin_weight_update") == 1
+
+    run(test())
+
+
+def test_several_sources_are_several_groups_and_one_update(checkpoint: Path) -> None:
+    manifest = WeightManifest(tuple(TensorSpec(name, "float32", (2,)) for name in "xyz"))
+    other = dataclasses.replace(SPEC, name="other-1")
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            await engine.join_weight_group(SPEC, 1, (other,))
+            await engine.pause(PauseMode.RETRACT)
+            await engine.receive_weights(manifest, NEW, shares=(1, 2))
+            calls = [body for path, body in server.calls if path == "/update_weights_from_distributed"]
+            assert [(b["group_name"], b["names"]) for b in calls] == [("weights-1", ["x"]), ("other-1", ["y", "z"])]
+            assert [body.get("weight_version") for body in calls] == [None, "1.4"]
+            assert server.paths().count("/begin_weight_update") == 1
+            with pytest.raises(ValueError, match="do not divide 3 tensors over 2 weight groups"):
+                await engine.receive_weights(manifest, NEW, shares=(3,))
+            await engine.join_weight_group(SPEC, 1)
+            left = [body["group_name"] for path, body in server.calls if path == "/destroy_weights_update_group"]
+            assert left == ["weights-1", "other-1"]
 
     run(test())
 

@@ -60,10 +60,10 @@ def test_every_dtype_and_shape_arrives_bitwise_at_every_rank() -> None:
 
 def test_a_port_that_an_earlier_group_had_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch remembers servers by port for as long as the process lives; ports come again after some thousand groups."""
-    listener = weight_group._listener
+    listener = weight_group.listen
     with listener() as taken:
         port = taken.getsockname()[1]
-    monkeypatch.setattr(weight_group, "_listener", lambda: listener(port))
+    monkeypatch.setattr(weight_group, "listen", lambda: listener(port))
     with Peer.several(1) as peers:
         for epoch in (1, 2):
             group = form(peers, epoch)
