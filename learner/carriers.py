@@ -43,7 +43,7 @@ class Carrier(Protocol):
         """All that engines get, in the snapshot and beside it."""
 
     def wait_queued(self, snapshot: Snapshot) -> None:
-        """Until whoever sends has something to send."""
+        """Until all that is sent is converted, on CUDA at least queued."""
 
     def send(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Message]:
         """Carry the snapshot over; returns the engines' ``Received`` once all of them use it."""

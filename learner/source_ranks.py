@@ -108,7 +108,7 @@ class OtherSource:
         return self._ask({"do": "leave"})
 
     def queued(self, weights: WeightId) -> Future[dict[str, Any]]:
-        """Done when there is something to send."""
+        """Done when its part is converted, on CUDA at least queued."""
         return self._ask({"do": "queued", "weights": list(weights)})
 
     def fill(self, weights: WeightId) -> None:
