@@ -6,8 +6,8 @@ SIDE         does                                                      writes in
 warm-start   the supervised phase, once for all modes                  a checkpoint, ``start``
 engine       plays the run's own episodes, as many at once as it can,  ``saturated-engine.json``, ``episodes.json``
              and bursts of equal requests
-full-engine  is full while others are, which the files of              the first file of ``--together``, as JSON
-             ``--together`` tell
+full-engine  an actor of ``--hub``, which always grants; others may    the first file of ``--together``, as JSON
+             be full at the same time: the files of ``--together``
 learner      the training loop on batches like ``episodes.json``,      ``saturated-learner.json``; ``learner.ready``
              from memory; with ``--beside`` it goes on until the file  once that is measured, ``learner-batches.json``
              ``learner.stop`` is there
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--url", default="", help="of an SGLang server that runs")
+    parser.add_argument("--hub", default="", help="address of a hub that always grants")
     parser.add_argument("--together", nargs="+", type=Path, help="this engine's file, and those of the others")
     parser.add_argument("--beside", action="store_true", help="go on training while an engine is measured")
     parsed = parser.parse_args(arguments)
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str]) -> int:
             (directory / EPISODES).write_text(json.dumps(groups))
             (directory / "saturated-engine.json").write_text(json.dumps(engine.to_plain()))
         case "full-engine":
-            full = asyncio.run(keep_full(config, parsed.url, parsed.together))
+            import uvloop  # as a run's actor
+
+            full = uvloop.run(keep_full(config, parsed.url, parsed.hub, parsed.together))
             parsed.together[0].write_text(json.dumps(asdict(full)))
         case "learner":
             learner = saturate_learner(config, directory, parsed.beside)
