@@ -128,7 +128,7 @@ def _publish_s(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     the shortest publication of the modes that do not wait stands for it."""
     if row.get("drain_s") is not None:
         return float(row["publish_s"] - row["drain_s"])
-    return min((other["publish_s"] for other in result["modes"].values()), default=row["publish_s"])
+    return float(min(other["publish_s"] for other in result["modes"].values()))
 
 
 def _token_s(learners: Mapping[str, Any], row: Mapping[str, Any], colocated: bool) -> float:
