@@ -36,17 +36,14 @@ from slime_async.cli.supervise import RunError
 from slime_async.cli.train import check_modules
 from slime_async.config import Config
 from slime_async.config.dump import dump_toml
-from slime_async.protocol import Hello, Message, Published
 from slime_async.report.run import flatten
 from slime_async.telemetry.environment import Environment, describe_environment
-from slime_async.trajectory import WeightId
 
 if TYPE_CHECKING:
     from slime_async.cli.bench_servers import Servers
 
 SIDE_TIMEOUT_S = 600.0
 """For one side alone: start, warm-up and measurement"""
-CALL_TIMEOUT_S = 30.0
 POLL_S = 0.05
 UNBOUNDED = 1_000_000
 """An η that no measurement reaches"""
@@ -256,11 +253,6 @@ class Bench:
     @asynccontextmanager
     async def _open_hub(self, name: str) -> AsyncIterator[str]:
         """A hub that always grants, since nobody leases from it what it gets; its address."""
-        from slime_async.transport.client import HubClient
-
-        async def ignore(message: Message) -> None:
-            """Whatever it tells its learner."""
-
         staleness = self._config.staleness.model_copy(update={"max_staleness": UNBOUNDED})
         run = self._config.run.model_copy(update={"name": name, "directory": self._directory})
         config = self._config.model_copy(update={"staleness": staleness, "run": run})
@@ -269,13 +261,12 @@ class Bench:
         launcher, plan = DeviceLauncher(directory / "logs", config, lambda _: None), plan_run(config, directory)
         hub = await launcher.start(plan.hub("", "hub"))
         try:
-            exits = asyncio.create_task(hub.wait())
-            await self._until(plan.ready_file, exits)
-            address = plan.ready_file.read_text().strip()
-            learner = await HubClient.connect(address, Hello("learner", "nobody", incarnation=1), handler=ignore)
-            await learner.call(Published(WeightId(1, 0)), CALL_TIMEOUT_S)
+            await self._until(plan.ready_file, asyncio.create_task(hub.wait()))
+            address, published = plan.ready_file.read_text().strip(), directory / "published"
+            arguments = ("-m", "slime_async.cli.saturate", "nobody", str(directory / "config.toml"), str(directory))
+            learner = await launcher.start(RoleCommand("nobody", (*arguments, "--hub", address), thread_environment(1)))
+            await self._until(published, asyncio.create_task(learner.wait()))
             yield address
-            await learner.close()
         finally:
             await launcher.stop()
 
