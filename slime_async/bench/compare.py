@@ -10,7 +10,7 @@ from typing import Any
 from slime_async.bench.intervals import Estimate, rate, ratio
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode
-from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner, SideBySide
+from slime_async.bench.saturated import EngineRate, SaturatedEngine, SaturatedLearner, SideBySide
 from slime_async.telemetry.accounting import COMPUTING, PARTS, UNACCOUNTED
 
 MODERATE_STALENESS = 4
@@ -65,6 +65,8 @@ class Comparison:
     engine: SaturatedEngine
     learners: dict[int, SaturatedLearner]
     """By devices"""
+    delivering: EngineRate | None
+    """One engine alone, its actor delivering to a hub"""
     side_by_side: dict[int, SideBySide]
     """By the learner's devices"""
     engines_together: float | None
@@ -113,6 +115,7 @@ class Comparison:
                     str(n): learner.to_plain() | {"tokens_per_s": learner.tokens_per_s}
                     for n, learner in self.learners.items()
                 },
+                "delivering": asdict(self.delivering) if self.delivering is not None else None,
                 "side_by_side": {str(n): both.to_plain() for n, both in self.side_by_side.items()},
                 "engines_together": self.engines_together,
             },
@@ -126,6 +129,7 @@ def compare(
     measurements: Sequence[Measurement],
     engine: SaturatedEngine,
     learners: Mapping[int, SaturatedLearner],
+    delivering: EngineRate | None = None,
     side_by_side: Mapping[int, SideBySide] | None = None,
     engines_together: float | None = None,
 ) -> Comparison:
@@ -138,7 +142,7 @@ def compare(
         Row(m, ideal_of(by_name[m.mode], m, engine, learners), speed, ratio(speed, best))
         for speed, m in zip(speeds, measurements, strict=True)
     ]
-    return Comparison(tuple(rows), engine, dict(learners), dict(side_by_side or {}), engines_together)
+    return Comparison(tuple(rows), engine, dict(learners), delivering, dict(side_by_side or {}), engines_together)
 
 
 def ideal_of(

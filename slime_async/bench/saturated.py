@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -54,7 +54,13 @@ class SaturatedEngine:
     def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedEngine:
         rates = tuple(EngineRate(**rate) for rate in plain["rates"])
         bursts = tuple(Burst(**burst) for burst in plain.get("bursts", ()))
-        return cls(**{**plain, "rates": rates, "bursts": bursts})
+        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
+        return cls(**{**known, "rates": rates, "bursts": bursts})
+
+    @property
+    def full(self) -> EngineRate:
+        """With as many requests as it takes."""
+        return max(self.rates, key=lambda rate: rate.running)
 
     def step_s(self, running: float) -> float:
         """Seconds of one decoding step with so many requests, between and beyond the measured ones in a line."""
@@ -85,7 +91,7 @@ class SideBySide:
     """An engine and a learner, both saturated at the same time: what they take from each other on one machine."""
 
     engine_tokens_per_s: float
-    """As full as it was alone"""
+    """Its actor delivering to a hub"""
     learner_tokens_per_s: float
 
     def to_plain(self) -> dict[str, Any]:

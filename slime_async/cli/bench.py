@@ -12,7 +12,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +24,13 @@ from slime_async.bench.contract import Clause, check_after, check_before
 from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode, configure, modes_of, on_gpus
 from slime_async.bench.page import write_page
-from slime_async.bench.saturated import SaturatedEngine, SaturatedLearner, SideBySide, rate_between
+from slime_async.bench.saturated import EngineRate, SaturatedEngine, SaturatedLearner, SideBySide, rate_between
 from slime_async.cli.bench_run import DeviceLauncher, run_mode
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.prepare import prepare_model
-from slime_async.cli.roles import thread_environment
+from slime_async.cli.roles import plan_run, thread_environment
+from slime_async.cli.run_directory import make_run_directory, write_config
 from slime_async.cli.saturate import LEARNER_BATCHES, LEARNER_READY, LEARNER_STOP, START
 from slime_async.cli.supervise import RunError
 from slime_async.cli.train import check_modules
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 SIDE_TIMEOUT_S = 600.0
 """For one side alone: start, warm-up and measurement"""
 POLL_S = 0.05
+UNBOUNDED = 1_000_000
+"""An η that no measurement reaches"""
 LOCAL_KEYS = ("run.directory", "model.path")
 """Of the configuration, what means nothing elsewhere"""
 
@@ -95,6 +99,7 @@ class Bench:
         self._servers = await self._started_servers()
         try:
             engine = await self._saturated_engine()
+            delivering = await self._delivering_engine()
             separate = {len(mode.learner_devices) for mode in self._modes if not mode.colocated}
             sizes = sorted(separate or {len(mode.learner_devices) for mode in self._modes})
             learners: dict[int, SaturatedLearner] = {}
@@ -113,7 +118,7 @@ class Bench:
                     self._say(f"{mode.name} FAILED: {problem}")
                 if measurements:
                     clauses = [*before, *check_after(measurements, failed)]
-                    comparison = compare(self._modes, measurements, engine, learners, beside, together)
+                    comparison = compare(self._modes, measurements, engine, learners, delivering, beside, together)
                     self._write(comparison, clauses)
         finally:
             if self._servers is not None:
@@ -190,7 +195,7 @@ class Bench:
             try:
                 if beside:
                     await self._until(self._directory / LEARNER_READY, training)
-                    full = await self._full_engine(self._last_engine(), [f"beside-{devices}"])
+                    [full] = await self._full_engines([self._last_engine()], f"beside-{devices}")
                     (self._directory / LEARNER_STOP).touch()
                 await training
             finally:
@@ -209,29 +214,61 @@ class Bench:
         self._say(f"side by side, tokens/s: an engine {engine:,.0f}, a learner {trained:,.0f}")
         return learner, rates
 
+    async def _delivering_engine(self) -> EngineRate:
+        path = self._directory / "delivering-engine.json"
+        if not path.exists():
+            [full] = await self._full_engines([self._last_engine()], "delivering")
+            path.write_text(json.dumps({"running": full["running"], "tokens_per_s": full["tokens_per_s"]}))
+        rate = EngineRate(**json.loads(path.read_text()))
+        self._say(f"an engine whose actor delivers to a hub, tokens/s: {rate.tokens_per_s:,.0f}")
+        return rate
+
     async def _engines_together(self) -> float | None:
         """Tokens per second of one engine while those of the colocated mode are all full; None without that mode."""
         devices = next((mode.actor_devices for mode in self._modes if mode.colocated), ())
         if not devices:
             return None
-        kept, names = self._directory / "engines-together.json", [f"together-{device}" for device in devices]
-        if not kept.exists():
-            one_by_one = [names[i:] + names[:i] for i in range(len(names))]
-            results = await asyncio.gather(*map(self._full_engine, devices, one_by_one))
-            kept.write_text(json.dumps(sum(result["tokens_per_s"] for result in results) / len(results)))
-        rate = float(json.loads(kept.read_text()))
-        self._say(f"{len(devices)} engines together: {rate:,.0f} tokens/s each")
+        path = self._directory / "engines-together.json"
+        if not path.exists():
+            rates = [full["tokens_per_s"] for full in await self._full_engines(devices, "together")]
+            path.write_text(json.dumps(sum(rates) / len(rates)))
+        rate = float(json.loads(path.read_text()))
+        self._say(f"{len(devices)} such engines at once, tokens/s: {rate:,.0f} each")
         return rate
 
-    async def _full_engine(self, device: int, together: Sequence[str]) -> dict[str, float]:
-        """One engine while those of ``together`` are full, of which it is the first."""
-        files = [self._directory / f"full-engine-{name}.json" for name in together]
-        files[0].unlink(missing_ok=True)
-        name = f"full-engine-{together[0]}"
-        more = (*self._url(device), "--together", *map(str, files))
-        await self._side("full-engine", self._config, [device], *more, name=name)
-        result: dict[str, float] = json.loads(files[0].read_text())
-        return result
+    async def _full_engines(self, devices: Sequence[int], name: str) -> list[dict[str, float]]:
+        """One full engine on each of the devices at the same time, in actors of a hub of their own."""
+        files = [self._directory / f"{name}-{device}.json" for device in devices]
+        for file in files:
+            file.unlink(missing_ok=True)
+        async with self._open_hub(name) as address:
+            sides = []
+            for i, device in enumerate(devices):
+                together = map(str, files[i:] + files[:i])
+                more = (*self._url(device), "--hub", address, "--together", *together)
+                sides.append(self._side("full-engine", self._config, [device], *more, name=files[i].stem))
+            await asyncio.gather(*sides)
+        return [json.loads(file.read_text()) for file in files]
+
+    @asynccontextmanager
+    async def _open_hub(self, name: str) -> AsyncIterator[str]:
+        """A hub that always grants, since nobody leases from it what it gets; its address."""
+        staleness = self._config.staleness.model_copy(update={"max_staleness": UNBOUNDED})
+        run = self._config.run.model_copy(update={"name": name, "directory": self._directory})
+        config = self._config.model_copy(update={"staleness": staleness, "run": run})
+        directory = make_run_directory(config, datetime.now())
+        write_config(config, directory)
+        launcher, plan = DeviceLauncher(directory / "logs", config, lambda _: None), plan_run(config, directory)
+        hub = await launcher.start(plan.hub("", "hub"))
+        try:
+            await self._until(plan.ready_file, asyncio.create_task(hub.wait()))
+            address, published = plan.ready_file.read_text().strip(), directory / "published"
+            arguments = ("-m", "slime_async.cli.saturate", "nobody", str(directory / "config.toml"), str(directory))
+            learner = await launcher.start(RoleCommand("nobody", (*arguments, "--hub", address), thread_environment(1)))
+            await self._until(published, asyncio.create_task(learner.wait()))
+            yield address
+        finally:
+            await launcher.stop()
 
     def _last_engine(self) -> int:
         """Its device, on which no learner is where sides are separate."""
@@ -240,13 +277,13 @@ class Bench:
     def _url(self, device: int) -> tuple[str, ...]:
         return ("--url", self._servers.urls[device]) if self._servers is not None else ()
 
-    async def _until(self, file: Path, working: asyncio.Task[None]) -> None:
+    async def _until(self, file: Path, working: asyncio.Task[Any]) -> None:
         """Until ``working`` has made the file; raises what it raised, and ``RunError`` when it ended without."""
         while not file.exists():
             done, _ = await asyncio.wait({working}, timeout=POLL_S)
             if done:
                 await working
-                raise RunError(f"the learner ended before it was measured: see {self._directory / 'logs'}")
+                raise RunError(f"a process ended before it made {file}: see the logs in {self._directory}")
 
     async def _side(
         self,

@@ -6,8 +6,10 @@ SIDE         does                                                      writes in
 warm-start   the supervised phase, once for all modes                  a checkpoint, ``start``
 engine       plays the run's own episodes, as many at once as it can,  ``saturated-engine.json``, ``episodes.json``
              and bursts of equal requests
-full-engine  is full while others are, which the files of              the first file of ``--together``, as JSON
-             ``--together`` tell
+full-engine  an actor of ``--hub``, which always grants; others may    the first file of ``--together``, as JSON
+             be full at the same time: the files of ``--together``
+nobody       a learner of ``--hub`` that publishes, and never      ``published``
+             leases; it stays until it is killed
 learner      the training loop on batches like ``episodes.json``,      ``saturated-learner.json``; ``learner.ready``
              from memory; with ``--beside`` it goes on until the file  once that is measured, ``learner-batches.json``
              ``learner.stop`` is there
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING
 from slime_async.bench.saturated import SaturatedLearner
 from slime_async.cli.saturate_engine import Episode, keep_full, saturate
 from slime_async.config import Config, load_config
-from slime_async.protocol import Batch
+from slime_async.protocol import Batch, Hello, Message, Published
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
 
 if TYPE_CHECKING:
@@ -44,14 +46,16 @@ LEARNER_READY = "learner.ready"
 LEARNER_STOP = "learner.stop"
 LEARNER_BATCHES = "learner-batches.json"
 WARMUP_BATCHES = 1
+CALL_TIMEOUT_S = 30.0
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m slime_async.cli.saturate", description=__doc__)
-    parser.add_argument("side", choices=("warm-start", "engine", "full-engine", "learner"))
+    parser.add_argument("side", choices=("warm-start", "engine", "full-engine", "nobody", "learner"))
     parser.add_argument("config", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--url", default="", help="of an SGLang server that runs")
+    parser.add_argument("--hub", default="", help="address of a hub that always grants")
     parser.add_argument("--together", nargs="+", type=Path, help="this engine's file, and those of the others")
     parser.add_argument("--beside", action="store_true", help="go on training while an engine is measured")
     parsed = parser.parse_args(arguments)
@@ -64,13 +68,30 @@ def main(arguments: Sequence[str]) -> int:
             (directory / EPISODES).write_text(json.dumps(groups))
             (directory / "saturated-engine.json").write_text(json.dumps(engine.to_plain()))
         case "full-engine":
-            full = asyncio.run(keep_full(config, parsed.url, parsed.together))
+            import uvloop  # as a run's actor
+
+            full = uvloop.run(keep_full(config, parsed.url, parsed.hub, parsed.together))
             parsed.together[0].write_text(json.dumps(asdict(full)))
+        case "nobody":
+            asyncio.run(open_admission(parsed.hub, directory))
         case "learner":
             learner = saturate_learner(config, directory, parsed.beside)
             if learner is not None:
                 (directory / "saturated-learner.json").write_text(json.dumps(learner.to_plain()))
     return 0
+
+
+async def open_admission(hub: str, directory: Path) -> None:
+    """A hub grants nothing before the first publication."""
+    from slime_async.transport.client import HubClient
+
+    async def ignore(message: Message) -> None:
+        """Whatever the hub tells its learner."""
+
+    client = await HubClient.connect(hub, Hello("learner", "nobody", incarnation=1), handler=ignore)
+    await client.call(Published(WeightId(1, 0)), CALL_TIMEOUT_S)
+    (directory / "published").touch()
+    await client.wait_closed()
 
 
 def supervise(config: Config, directory: Path) -> None:

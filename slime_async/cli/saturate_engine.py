@@ -1,4 +1,4 @@
-"""One engine of a run, as full as it can be: alone at several loads and in bursts, or beside whatever else computes."""
+"""One engine of a run, as full as it can be: by itself at several loads and in bursts, or in an actor of a real hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -20,6 +20,7 @@ from slime_async.trajectory import TaskRef, Trajectory, WeightId
 
 if TYPE_CHECKING:
     from slime_async.actors.engine import Engine
+    from slime_async.actors.pool import EnginePool
     from slime_async.actors.rollout import Rollout
 
 SPARE = 2.0
@@ -53,7 +54,7 @@ async def saturate(config: Config, url: str) -> tuple[SaturatedEngine, list[list
         full = _full(config)
         rates = []
         for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
-            rates.append((await filled.rate(episodes, last=episodes > full))[0])
+            rates.append(await filled.rate(episodes, last=episodes > full))
         bursts = await filled.bursts(full)
     groups = filled.player.complete_groups()
     played = [episode for group in groups for episode in group]
@@ -71,24 +72,54 @@ async def saturate(config: Config, url: str) -> tuple[SaturatedEngine, list[list
 class Full:
     """A full engine, and when (``time.monotonic``, which all processes of a machine share) it was measured."""
 
+    running: float
     tokens_per_s: float
     began_s: float
     ended_s: float
 
 
-async def keep_full(config: Config, url: str, together: Sequence[Path]) -> Full:
-    """One engine beside others: measured once the files ``together`` are there, of which each engine makes its own,
-    the first; there may be just that."""
-    async with _Filled(config, url) as filled:
+async def keep_full(config: Config, url: str, hub: str, together: Sequence[Path]) -> Full:
+    """One engine in an actor that a hub grants whatever it has room for, so with all that a run's actor does. Measured
+    once the files ``together`` are there, of which each engine makes its own, the first; there may be just that."""
+    from slime_async.actors.pool import EnginePool
+    from slime_async.actors.rollout import make_rollout
+    from slime_async.actors.worker import Worker
+
+    name, timeout_s = together[0].stem, config.actor.startup_timeout_s
+    pool = EnginePool(name, [lambda _: make_engine(config, url)], startup_timeout_s=timeout_s)
+    worker = Worker(config, name, pool, make_rollout(config, Path(config.model.path), pool))
+    working = asyncio.create_task(worker.run(hub))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _while(working, lambda: pool.infos)
         together[0].touch()
-        deadline = time.monotonic() + TOGETHER_TIMEOUT_S
-        while not all(path.exists() for path in together):
-            if time.monotonic() > deadline:
-                missing = [path.name for path in together if not path.exists()]
-                raise TimeoutError(f"{missing} were not there within {TOGETHER_TIMEOUT_S:.0f} s: see their logs")
-            await asyncio.sleep(POLL_S)
-        rate, began_s, ended_s = await filled.rate(int(_full(config) * SPARE), last=False)
-    return Full(rate.tokens_per_s, began_s, ended_s)
+        async with asyncio.timeout(TOGETHER_TIMEOUT_S):
+            await _while(working, lambda: all(path.exists() for path in together))
+        rate, began_s, ended_s = await _steady(pool, config.bench.saturated_s)
+    finally:
+        working.cancel()
+        await asyncio.wait({working})
+    return Full(rate.running, rate.tokens_per_s, began_s, ended_s)
+
+
+async def _while(working: asyncio.Task[bool], ready: Callable[[], object]) -> None:
+    """Until ``ready``; raises what ended the actor."""
+    while not ready():
+        if working.done():
+            raise RuntimeError(f"the hub ended the measurement: {working.result()}")
+        await asyncio.sleep(POLL_S)
+
+
+async def _steady(engine: Engine | EnginePool, seconds: float) -> tuple[EngineRate, float, float]:
+    """Tokens per second and running requests after a while at the same load; when this began and ended."""
+    await asyncio.sleep(seconds * SETTLE_FRACTION)
+    before, begun = (await engine.status()).generated_tokens, time.monotonic()
+    running = []
+    while time.monotonic() - begun < seconds:
+        await asyncio.sleep(POLL_S)
+        running.append((await engine.status()).running_requests)
+    tokens, ended = (await engine.status()).generated_tokens - before, time.monotonic()
+    return EngineRate(mean(running), tokens / (ended - begun)), begun, ended
 
 
 def _full(config: Config) -> int:
@@ -154,25 +185,15 @@ class _Filled:
     def tokens_per_request(self) -> float:
         return mean(self._noted.answers)
 
-    async def rate(self, episodes: int, *, last: bool) -> tuple[EngineRate, float, float]:
-        """At a steady load: tokens per second, and how many requests ran; when this began and ended.
-
-        The last load's episodes are played to their end: those that are done first are the short ones.
-        """
-        engine, player = self._engine, self.player
+    async def rate(self, episodes: int, *, last: bool) -> EngineRate:
+        """At a steady load. The last load's episodes are played to their end: those done first are the short ones."""
         async with asyncio.TaskGroup() as tasks:
-            playing = [tasks.create_task(player.play()) for _ in range(episodes)]
-            await asyncio.sleep(self._seconds * SETTLE_FRACTION)
-            before, begun = (await engine.status()).generated_tokens, time.monotonic()
-            running = []
-            while time.monotonic() - begun < self._seconds:
-                await asyncio.sleep(POLL_S)
-                running.append((await engine.status()).running_requests)
-            tokens, ended = (await engine.status()).generated_tokens - before, time.monotonic()
-            player.closing = last
+            playing = [tasks.create_task(self.player.play()) for _ in range(episodes)]
+            rate, _, _ = await _steady(self._engine, self._seconds)
+            self.player.closing = last
             for task in () if last else playing:
                 task.cancel()
-        return EngineRate(sum(running) / len(running), tokens / (ended - begun)), begun, ended
+        return rate
 
     async def bursts(self, full: int) -> list[Burst]:
         """Of half and of one and a half times the mean answer, after prompts of the mean length: between the two,

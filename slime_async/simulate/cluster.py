@@ -8,6 +8,8 @@
 
 What the hub does after every change is done here after every event: grants are spread by the same code, in the same
 order. The learner leases one batch ahead, and waits with its next publication until the one before has begun.
+
+On a machine whose devices take from each other (cores of one CPU), either side is slower while the other computes.
 """
 
 from __future__ import annotations
@@ -81,6 +83,14 @@ class Cluster:
         self._wanted = 0
         """The version to lease next"""
         self._training: int | None = None
+        self._work_s = 0.0
+        """Left of its training, as long as that takes alone"""
+        self._worked_at = 0.0
+        self._slowdown = 1.0
+        self._trained: Callable[[], None] = lambda: None
+        self._deadline = 0
+        """Counts changes of when training ends"""
+        self._beside = max(scenario.engine.beside, scenario.learner.beside) > 1
         self._ready_to_train = 0
         self._publishing = False
         self._pending: int | None = None
@@ -108,6 +118,8 @@ class Cluster:
                 raise RuntimeError(f"nothing can happen any more: {self._queue.waiting_for(self.now)}")
             self.now, _, happen = heapq.heappop(self._events)
             happen()
+            if self._beside:
+                self._share_machine()
         raise RuntimeError(
             f"{MAX_EVENTS} events and only {len(self._steps)} steps: {self._queue.waiting_for(self.now)}"
         )
@@ -115,6 +127,21 @@ class Cluster:
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         if when < math.inf:
             heapq.heappush(self._events, (when, next(self._order), happen))
+
+    def _share_machine(self) -> None:
+        """Each side takes the longer, the more of the other devices compute."""
+        scenario, computing = self._scenario, [engine.computing for engine in self._engines]
+        others = self._scenario.devices - scenario.engine.devices
+        training = scenario.learner.devices * (self._training is not None and not scenario.colocated)
+        for index, engine in enumerate(self._engines):
+            busy = training + scenario.engine.devices * (sum(computing) - computing[index])
+            slowdown = 1 + (scenario.engine.beside - 1) * busy / max(1, others)
+            if slowdown != engine.slowdown:
+                engine.slow_down(self.now, slowdown)
+                self._schedule_end(index)
+        slowdown = 1 + (scenario.learner.beside - 1) * sum(computing) / len(computing)
+        if slowdown != self._slowdown:
+            self._work_on(slowdown)
 
     def _after_change(self) -> None:
         """As the hub after every change: grant, and see whether the learner has its batch."""
@@ -279,8 +306,23 @@ class Cluster:
             self._hand_over(version + 1)
             self._after_change()
 
-        self._at(self.now + seconds, trained)
+        self._work_s, self._worked_at, self._trained = seconds, self.now, trained
+        self._work_on(self._slowdown)
         self._lease_ahead()
+
+    def _work_on(self, slowdown: float) -> None:
+        """What is left of the training takes ``slowdown`` times as long from now on."""
+        self._work_s -= (self.now - self._worked_at) / self._slowdown
+        self._worked_at, self._slowdown = self.now, slowdown
+        self._deadline += 1
+        deadline, trained = self._deadline, self._trained
+
+        def end() -> None:
+            if deadline == self._deadline:
+                trained()
+
+        if self._training is not None:
+            self._at(self.now + max(0.0, self._work_s) * slowdown, end)
 
     def _lease_ahead(self) -> None:
         if self._wanted <= self._ready_to_train + 1 and self._complete >= self._scenario.groups:

@@ -1,7 +1,8 @@
 """An engine in virtual time: all running requests gain a token per step, and a step takes longer the more there are.
 
-Its *position* counts the steps done since it began; a request that entered at position p with n tokens to sample is
-done at p + n. So nothing has to be said of single tokens: only arrivals, departures, pauses and new weights are events.
+Its *position* counts the steps done since it began; a request that entered at position p with n steps to do is done at
+p + n. So nothing has to be said of single tokens: only arrivals, departures, pauses and new weights are events.
+Requests enter between two steps, and what entering costs, everything that runs waits for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from slime_async.simulate.scenario import EngineModel
+
+STEP_FRACTION = 1e-6
+"""Of a step, less than which is no difference between two positions"""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,12 @@ class SimulatedEngine:
         self._step_s = step_s
         """Shared by all engines: seconds of a step by running requests"""
         self._position = 0.0
+        self._stall_s = 0.0
+        """Left of what requests cost that have entered"""
+        self._filled_at = -1.0
+        """The position of the last prefill"""
+        self.slowdown = 1.0
+        """How many times as long everything takes now"""
         self._time_s = 0.0
         self._ends: list[tuple[float, int, Request]] = []
         self._waiting: deque[Request] = deque()
@@ -51,6 +61,16 @@ class SimulatedEngine:
     def running(self) -> int:
         return len(self._ends)
 
+    @property
+    def computing(self) -> bool:
+        return bool(self._ends) and not self.paused and not self.down
+
+    def slow_down(self, now: float, slowdown: float) -> None:
+        """Everything takes ``slowdown`` times as long from now on."""
+        self._advance(now)
+        self.slowdown = slowdown
+        self.epoch += 1
+
     def submit(self, request: Request, now: float) -> None:
         self._advance(now)
         if self.running < self._model.max_running:
@@ -60,15 +80,16 @@ class SimulatedEngine:
 
     def next_end_s(self) -> float:
         """When the next request is done, if nothing else happens."""
-        if self.paused or self.down or not self._ends:
+        if not self.computing:
             return math.inf
-        return self._time_s + max(0.0, self._ends[0][0] - self._position) * self._seconds()
+        steps = max(0.0, self._ends[0][0] - self._position)
+        return self._time_s + (self._stall_s + steps * self._seconds()) * self.slowdown
 
     def finish(self, now: float) -> list[Request]:
         """Requests that are done by ``now``."""
         self._advance(now)
         done = []
-        while self._ends and self._ends[0][0] <= self._position + 1e-6:
+        while self._ends and self._stall_s <= 1e-9 and self._ends[0][0] <= self._position + STEP_FRACTION:
             done.append(heapq.heappop(self._ends)[2])
             self.epoch += 1
             if self._waiting:
@@ -90,6 +111,7 @@ class SimulatedEngine:
         self.down = True
         self._ends.clear()
         self._waiting.clear()
+        self._stall_s = 0.0
         self.epoch += 1
 
     def restart(self, version: int, now: float) -> None:
@@ -106,21 +128,28 @@ class SimulatedEngine:
             start, version = self._versions[i]
             until = self._versions[i + 1][0] if i + 1 < len(self._versions) else math.inf
             tokens = min(end, until) - max(request.begun, start)
-            if tokens > 0:
+            if tokens > STEP_FRACTION:
                 found.append((version, tokens))
             if until >= end:
                 break
         return found
 
     def _enter(self, request: Request) -> None:
-        request.begun = self._position
+        model = self._model
+        request.begun = float(math.ceil(self._position - STEP_FRACTION))
+        if model.prefills:
+            self._stall_s += model.request_s + (model.prefill_s if request.begun != self._filled_at else 0.0)
+            self._filled_at = request.begun
         self._count += 1
-        heapq.heappush(self._ends, (self._position + request.tokens, self._count, request))
+        heapq.heappush(self._ends, (request.begun + request.tokens - model.prefills, self._count, request))
         self.epoch += 1
 
     def _advance(self, now: float) -> None:
-        if self._ends and not self.paused and not self.down:
-            self._position += (now - self._time_s) / self._seconds()
+        if self.computing:
+            done_s = (now - self._time_s) / self.slowdown
+            stalled_s = min(done_s, self._stall_s)
+            self._stall_s -= stalled_s
+            self._position += (done_s - stalled_s) / self._seconds()
             self.busy_s += now - self._time_s
         self._time_s = now
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
+from slime_async.bench.saturated import EngineRate, SaturatedEngine, interpolate
 from slime_async.simulate.cluster import simulate
 from slime_async.simulate.scenario import EngineModel, LearnerModel, LengthModel, Scenario
 
@@ -31,10 +34,10 @@ class Check:
 
 
 def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
-    """A mode of ``bench.json``, from the rates that each side reached alone in the same benchmark."""
+    """A mode of ``bench.json``, from the rates that each side reached in the same benchmark: alone, and where they were
+    measured, side by side. Of the mode's own run it takes how long publications took."""
     config, row, saturated = result["config"], result["modes"][mode], result["saturated"]
     engine = saturated["engine"]
-    points = sorted((rate["running"], rate["running"] / rate["tokens_per_s"]) for rate in engine["rates"])
     learners, actors = row["learner_devices"], row["actor_devices"]
     colocated = bool(set(learners) & set(actors))
     arguments = _forced_arguments(config)
@@ -50,19 +53,82 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         engine=EngineModel(
             devices=row["engine_ranks"],
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
-            step_s=tuple(points),
+            beside=_engine_beside(saturated, len(learners), colocated),
+            **_decoding(SaturatedEngine.from_plain(engine), _full(saturated)),
         ),
-        learner=LearnerModel(devices=len(learners), token_s=_token_s(saturated["learner"], row, colocated)),
+        learner=LearnerModel(
+            devices=len(learners),
+            token_s=_token_s(saturated["learner"], row, colocated),
+            beside=_learner_beside(saturated, len(learners), colocated),
+        ),
         colocated=colocated,
         lengths=_lengths(arguments, result),
         turns=int(arguments.get("turns", 1)),
         environment_s=_delays(arguments),
         prompt_tokens=engine["total_tokens_per_sample"] - engine["tokens_per_sample"],
-        publish_s=row["publish_s"],
+        publish_s=_publish_s(result, row) if mode.startswith("one-step-off") else row["publish_s"],
         pause_s=row["pause_s"],
         steps=60,
         warmup_steps=10 + row["max_staleness"],
     )
+
+
+def _full(saturated: Mapping[str, Any]) -> EngineRate:
+    """An engine with all the requests that it takes, alone; where that was measured, with an actor that delivers."""
+    if delivering := saturated.get("delivering"):
+        return EngineRate(**delivering)
+    return SaturatedEngine.from_plain(saturated["engine"]).full
+
+
+def _decoding(engine: SaturatedEngine, full: EngineRate) -> dict[str, Any]:
+    """Fields of ``EngineModel``. A burst of n requests takes a prefill and then decoding steps alone: two lengths tell
+    these apart, two sizes what each request adds to the prefill. What a request costs a full engine beyond that (its
+    episode, its delivery) is what it takes longer than the bursts explain. Results without bursts have both in one."""
+    if not engine.bursts:
+        return {"step_s": tuple((rate.running, rate.running / rate.tokens_per_s) for rate in engine.rates)}
+    steps, prefills = [], []
+    for requests, bursts in groupby(engine.bursts, lambda burst: burst.requests):
+        short, long = sorted(bursts, key=lambda burst: burst.tokens)
+        step_s = max(0.0, (long.seconds - short.seconds) / (long.tokens - short.tokens))
+        steps.append((float(requests), step_s))
+        prefills.append((requests, max(0.0, short.seconds - (short.tokens - 1) * step_s)))
+    (few, least_s), (many, most_s) = prefills[0], prefills[-1]
+    request_s = max(0.0, (most_s - least_s) / (many - few)) if many > few else 0.0
+    prefill_s = max(0.0, least_s - few * request_s)
+
+    tokens = engine.tokens_per_request
+    entering = full.running / (tokens - 1)  # requests per step
+    share = (1 - math.exp(-entering)) / entering  # prefills per request, where arrivals are independent
+    spent_s = tokens / full.tokens_per_s - (tokens - 1) * interpolate(steps, full.running) / full.running
+    beyond_s = spent_s - request_s - prefill_s * share
+    if beyond_s < 0:  # the prefill of a lone request has waits that a busy engine has not
+        prefill_s, beyond_s = max(0.0, prefill_s + beyond_s / share), 0.0
+    return {"step_s": tuple(steps), "prefill_s": prefill_s, "request_s": request_s + beyond_s}
+
+
+def _engine_beside(saturated: Mapping[str, Any], learner_devices: int, colocated: bool) -> float:
+    """How many times as long it takes beside what else computes in its mode; 1 where that was not measured."""
+    if colocated:
+        beside = saturated.get("engines_together")
+    else:
+        beside = saturated.get("side_by_side", {}).get(str(learner_devices), {}).get("engine_tokens_per_s")
+    return max(1.0, _full(saturated).tokens_per_s / beside) if beside else 1.0
+
+
+def _learner_beside(saturated: Mapping[str, Any], devices: int, colocated: bool) -> float:
+    """The same of the learner; engines that share its devices stand still while it computes."""
+    beside = saturated.get("side_by_side", {}).get(str(devices))
+    if colocated or beside is None:
+        return 1.0
+    return max(1.0, float(saturated["learner"][str(devices)]["tokens_per_s"] / beside["learner_tokens_per_s"]))
+
+
+def _publish_s(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Without the wait for running episodes, which the simulation makes itself. Older results have both in one: then
+    the shortest publication of the modes that do not wait stands for it."""
+    if row.get("drain_s") is not None:
+        return float(row["publish_s"] - row["drain_s"])
+    return float(min(other["publish_s"] for other in result["modes"].values()))
 
 
 def _token_s(learners: Mapping[str, Any], row: Mapping[str, Any], colocated: bool) -> float:

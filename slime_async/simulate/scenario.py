@@ -33,10 +33,21 @@ class EngineModel(Section):
     """Requests decoded at once; more wait"""
     step_s: tuple[tuple[float, float], ...] = ((1.0, 0.006), (128.0, 0.012))
     """(requests, seconds of a decoding step), ascending; between them, and beyond, in a line"""
+    prefill_s: NonNegativeFloat = 0.0
+    """That everything stands still when requests enter, however many enter at the same step"""
+    request_s: NonNegativeFloat = 0.0
+    """More for each of them. With either, the first token comes of it, without a decoding step"""
+    beside: float = Field(1.0, ge=1)
+    """How many times as long all of this takes while all other devices compute; in proportion while some do"""
     mean_time_between_failures_s: PositiveFloat | None = None
     """Of one engine; its requests are lost and granted again"""
     restart_s: PositiveFloat = 90.0
     """From a failure until it serves again"""
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prefill is told apart from decoding."""
+        return self.prefill_s + self.request_s > 0
 
     def step_with(self, running: int) -> float:
         return max(1e-9, interpolate(self.step_s, float(running)))
@@ -51,6 +62,8 @@ class LearnerModel(Section):
     """Per batch, whatever its size: optimizer, snapshot, commit"""
     token_s: PositiveFloat = 2e-5
     """Per token of a batch, on all its devices"""
+    beside: float = Field(1.0, ge=1)
+    """How many times as long a batch takes while all engines compute; in proportion while some do"""
 
 
 class Scenario(Section):

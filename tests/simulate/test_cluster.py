@@ -57,6 +57,28 @@ def test_one_step_off_trains_only_on_the_version_before() -> None:
     assert outcome.staleness == {1: 1.0}
 
 
+def test_one_step_off_takes_training_or_generation_with_a_publication_after_the_drain() -> None:
+    lengths = LengthModel(median=50, sigma=0.0, longest=50)
+    engine = EngineModel(max_running=64, step_s=((1.0, 0.01), (64.0, 0.01)))
+    given: dict[str, Any] = {"max_staleness": 1, "publish": "batch_boundary", "lengths": lengths, "engine": engine}
+    for train_s, step_s in ((0.8, 0.8), (0.3, 0.5 + 0.05)):
+        learner = LearnerModel(token_s=train_s / (16 * 50))
+        outcome = simulate(scenario(**given, learner=learner, delivery_s=0.0, publish_s=0.05))
+        assert outcome.step_s == pytest.approx(step_s, rel=1e-3)
+
+
+def test_sides_that_take_from_each_other_are_slower_only_while_both_compute() -> None:
+    beside = {
+        "engine": EngineModel(max_running=64, step_s=((1.0, 0.01), (64.0, 0.02)), beside=1.5),
+        "learner": LearnerModel(token_s=1e-3, beside=1.25),
+    }
+    synchronous, asynchronous = (
+        [simulate(scenario(max_staleness=eta, **changes)).step_s for changes in ({}, beside)] for eta in (0, 4)
+    )
+    assert synchronous[1] == pytest.approx(synchronous[0])
+    assert asynchronous[1] == pytest.approx(1.25 * asynchronous[0], rel=0.03)
+
+
 def test_colocated_devices_take_turns() -> None:
     outcome = simulate(scenario(max_staleness=0, colocated=True, engines=2))
     assert outcome.devices == 2

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from slime_async.simulate.cluster import simulate
+from slime_async.simulate.measured import scenario_of
+from slime_async.simulate.scenario import LearnerModel, LengthModel
+from tests.bench.examples import bench_result
+
+PREFILL_S, REQUEST_S, EPISODE_S, ANSWER = 0.003, 0.0002, 0.0005, 100
+
+
+def step_s(running: float) -> float:
+    return 0.005 + 0.0001 * running
+
+
+def measured() -> dict[str, Any]:
+    """The result of a benchmark whose engine has exactly these costs."""
+    result, full = bench_result(), 16
+    bursts = [
+        {"requests": n, "tokens": k, "seconds": PREFILL_S + n * REQUEST_S + (k - 1) * step_s(n)}
+        for n in (1, 8, 16)
+        for k in (50, 150)
+    ]
+    result["saturated"]["engine"] |= {"bursts": bursts, "tokens_per_request": float(ANSWER)}
+    entering = full / (ANSWER - 1)
+    request_s = REQUEST_S + EPISODE_S + PREFILL_S * (1 - math.exp(-entering)) / entering
+    rate = ANSWER / (request_s + (ANSWER - 1) * step_s(full) / full)
+    result["saturated"]["delivering"] = {"running": full, "tokens_per_s": rate}
+    result["saturated"]["side_by_side"] = {"1": {"engine_tokens_per_s": rate / 1.5, "learner_tokens_per_s": 1200.0}}
+    result["saturated"]["engines_together"] = rate / 1.2
+    return result
+
+
+def test_bursts_tell_decoding_from_prefill_and_the_full_engine_what_an_episode_costs_beyond() -> None:
+    engine = scenario_of(measured(), "async-2").engine
+    assert dict(engine.step_s) == pytest.approx({n: step_s(n) for n in (1.0, 8.0, 16.0)})
+    assert engine.prefill_s == pytest.approx(PREFILL_S)
+    assert engine.request_s == pytest.approx(REQUEST_S + EPISODE_S)
+
+
+def test_a_simulated_full_engine_is_as_fast_as_the_measured_one() -> None:
+    result = measured()
+    scenario = scenario_of(result, "async-2")
+    changes = {
+        "learner": LearnerModel(token_s=1e-9),
+        "lengths": LengthModel(median=ANSWER, sigma=0.3, longest=1000),
+        "max_staleness": 8,
+        "publish_s": 0.0,
+        "pause_s": 0.0,
+        "delivery_s": 0.0,
+    }
+    outcome = simulate(scenario.model_copy(update=changes))
+    assert outcome.sampled_tokens_per_s == pytest.approx(result["saturated"]["delivering"]["tokens_per_s"], rel=0.05)
+
+
+def test_each_mode_is_slowed_by_what_computes_beside_it() -> None:
+    result = measured()
+    separate, shared = scenario_of(result, "async-2"), scenario_of(result, "colocated")
+    assert (separate.engine.beside, separate.learner.beside) == pytest.approx((1.5, 2400 / 1200))
+    assert (shared.engine.beside, shared.learner.beside) == pytest.approx((1.2, 1.0))
+
+
+def test_older_results_give_the_rates_of_each_side_alone() -> None:
+    scenario = scenario_of(bench_result(), "async-2")
+    assert scenario.engine.step_s == ((1.0, 1 / 200), (16.0, 0.01))
+    assert (scenario.engine.beside, scenario.learner.beside, scenario.engine.prefills) == (1.0, 1.0, False)
+
+
+def test_the_wait_of_a_batch_boundary_is_not_counted_twice() -> None:
+    result = bench_result()
+    result["modes"]["one-step-off"] = result["modes"]["async-2"] | {"publish_s": 0.5, "drain_s": 0.46}
+    assert scenario_of(result, "one-step-off").publish_s == pytest.approx(0.04)
+    result["modes"]["one-step-off"]["drain_s"] = None
+    assert scenario_of(result, "one-step-off").publish_s == pytest.approx(0.01)
