@@ -68,8 +68,10 @@ class Link:
             self._on_broken(self, "it closed the connection")
 
     def close(self, linger_s: float = 0.0) -> None:
-        if not self.monitor.closed:
-            self.monitor.close()
-            if not self.stream.closed:
-                self.stream.socket.disable_monitor()
+        """Idempotent. What ZeroMQ holds unsent is given up after ``linger_s``."""
+        if not self.stream.closed:
+            # before its receiving end goes: ZeroMQ's thread would wait in an event that nobody takes, under a lock, and
+            # this process, interpreter and all, for that lock
+            self.stream.socket.disable_monitor()
+        self.monitor.close()
         self.stream.close(linger_s)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import zmq
 
 from slime_async.protocol import Commit, GetStatus, Heartbeat, Hello, Lease, NotReady, Ok, Shutdown
+from slime_async.transport.codec import DEFAULT_LIMITS
 from slime_async.transport.errors import ConnectionLost, RemoteError
+from slime_async.transport.link import Link
 from tests.transport.transport_kit import Hub, a_client, a_hub, eventually, run
 
 
@@ -89,3 +92,25 @@ def test_an_error_reply_is_an_answer_and_is_not_repeated() -> None:
             assert hub.calls == [Commit(1, -1)]
 
     run(scenario())
+
+
+def test_a_link_ends_its_monitor_before_it_stops_listening_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round, an event between the two leaves ZeroMQ's thread waiting, and the process with it."""
+    listening = []
+    disable = zmq.Socket.disable_monitor
+
+    async def scenario() -> None:
+        def nothing(*_: object) -> None: ...
+
+        def spy(socket: zmq.Socket[bytes]) -> None:
+            listening.append(not link.monitor.socket.closed)
+            disable(socket)
+
+        monkeypatch.setattr(zmq.Socket, "disable_monitor", spy)
+        with zmq.Context() as context:
+            link = Link(context, "tcp://127.0.0.1:9", DEFAULT_LIMITS, None, nothing, nothing, nothing, nothing)
+            link.close()
+            link.close()
+
+    run(scenario())
+    assert listening == [True]
