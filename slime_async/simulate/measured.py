@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from slime_async.bench.saturated import EngineRate, SaturatedEngine, interpolate
 from slime_async.simulate.cluster import simulate
@@ -81,29 +83,38 @@ def _full(saturated: Mapping[str, Any]) -> EngineRate:
 
 
 def _decoding(engine: SaturatedEngine, full: EngineRate) -> dict[str, Any]:
-    """Fields of ``EngineModel``. A burst of n requests takes a prefill and then decoding steps alone: two lengths tell
-    these apart, two sizes what each request adds to the prefill. What a request costs a full engine beyond that (its
-    episode, its delivery) is what it takes longer than the bursts explain. Results without bursts have both in one."""
+    """Fields of ``EngineModel``. Two lengths of a burst tell a decoding step, in which nothing enters; what a token
+    takes longer in an engine that is kept full, at each of several levels, is what entering requests cost: so much each
+    time that any enter, and so much for each of them. Results without bursts have all of it in the steps."""
     if not engine.bursts:
         return {"step_s": tuple((rate.running, rate.running / rate.tokens_per_s) for rate in engine.rates)}
-    steps, prefills = [], []
+    steps = []
     for requests, bursts in groupby(engine.bursts, lambda burst: burst.requests):
         short, long = sorted(bursts, key=lambda burst: burst.tokens)
-        step_s = max(0.0, (long.seconds - short.seconds) / (long.tokens - short.tokens))
-        steps.append((float(requests), step_s))
-        prefills.append((requests, max(0.0, short.seconds - (short.tokens - 1) * step_s)))
-    (few, least_s), (many, most_s) = prefills[0], prefills[-1]
-    request_s = max(0.0, (most_s - least_s) / (many - few)) if many > few else 0.0
-    prefill_s = max(0.0, least_s - few * request_s)
+        steps.append((float(requests), max(0.0, (long.seconds - short.seconds) / (long.tokens - short.tokens))))
+    decoded = engine.tokens_per_request - 1  # the first token comes of the prefill
+    shares, costs = [], []
+    for rate in (*engine.rates[1:-1], full):
+        entering = rate.running / decoded  # requests per step
+        shares.append((1 - math.exp(-entering)) / entering)  # prefills per request, where arrivals are independent
+        spent_s = engine.tokens_per_request / rate.tokens_per_s
+        costs.append(max(0.0, spent_s - decoded * interpolate(steps, rate.running) / rate.running))
+    prefill_s, request_s = _line(shares, costs)
+    return {"step_s": tuple(steps), "prefill_s": prefill_s, "request_s": request_s}
 
-    tokens = engine.tokens_per_request
-    entering = full.running / (tokens - 1)  # requests per step
-    share = (1 - math.exp(-entering)) / entering  # prefills per request, where arrivals are independent
-    spent_s = tokens / full.tokens_per_s - (tokens - 1) * interpolate(steps, full.running) / full.running
-    beyond_s = spent_s - request_s - prefill_s * share
-    if beyond_s < 0:  # the prefill of a lone request has waits that a busy engine has not
-        prefill_s, beyond_s = max(0.0, prefill_s + beyond_s / share), 0.0
-    return {"step_s": tuple(steps), "prefill_s": prefill_s, "request_s": request_s + beyond_s}
+
+def _line(shares: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+    """Slope and offset, neither below 0, of the line with the least squares of relative errors; of one point, the
+    offset alone."""
+    weights = 1 / np.maximum(costs, 1e-9)
+    columns = np.stack([np.asarray(shares), np.ones(len(shares))]) * weights
+    fits = [np.array([0.0, weights.sum() / (weights @ weights)])]
+    if len(shares) > 1:
+        fits.append(np.array([columns[0].sum() / (columns[0] @ columns[0]), 0.0]))
+        both = np.linalg.lstsq(columns.T, np.ones(len(shares)), rcond=None)[0]
+        fits += [both] if both.min() >= 0 else []
+    slope, offset = min(fits, key=lambda fit: float(np.square(fit @ columns - 1).sum()))
+    return float(slope), float(offset)
 
 
 def _engine_beside(saturated: Mapping[str, Any], learner_devices: int, colocated: bool) -> float:
