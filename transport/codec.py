@@ -89,9 +89,13 @@ def _numpy_scalar(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {reprlib.repr(value)} has no form on the wire")
 
 
+PACK_BYTES = 4096
+"""What a header's buffer begins with; msgpack's own choice is 1 MiB for each"""
+
+
 def _pack(raw: Any) -> bytes:
     try:
-        packed: bytes = msgpack.packb(raw, default=_numpy_scalar)
+        packed: bytes = msgpack.Packer(default=_numpy_scalar, buf_size=PACK_BYTES).pack(raw)
     except (TypeError, ValueError, OverflowError) as error:
         raise BadMessage(f"cannot be sent: {error}") from error
     return packed
