@@ -46,7 +46,7 @@ from typing import Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Peers of different protocol versions refuse each other, naming both."""
 
 Role = Literal["actor", "learner", "observer"]

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from socket import SHUT_RDWR
 from socket import socket as Connection
+from typing import Any
 
 import zmq
 
@@ -101,7 +102,9 @@ class Stream:
         self._on_room = on_room
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._send = super(zmq.Socket, socket).send  # without the options that pyzmq checks for each frame
+        self._send: Callable[..., Any] = super(
+            zmq.Socket, socket
+        ).send  # without the options that pyzmq checks for each frame
         self._scheduled = False
         self._looking = False
         self._sent = False
@@ -223,6 +226,10 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def ends_with(self, frames: Sequence[Buffer]) -> bool:
+        """Whether this very message is the last that waits: it may still be changed."""
+        return bool(self._waiting) and self._waiting[-1][0] is frames
+
     def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
         """A future that is done once the message is sent, or failed. Cancelling it takes the message back."""
         if not self._waiting:
@@ -254,6 +261,11 @@ class Outbox:
             self._waiting.popleft()
             self._blocked = max(0, self._blocked - 1)
             self._progress_at = time.monotonic()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether messages wait that found no room."""
+        return self._blocked > 0
 
     def blocked_s(self) -> float:
         """For how long the oldest message has found no room."""
