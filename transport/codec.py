@@ -2,10 +2,10 @@
 
 ::
 
-    frame 0   msgpack [protocol version, call id, is a reply, [kind, {field: value}]]
+    frame 0   msgpack [protocol version, call id, is a reply, [kind, {field: value}]], of shared replies [more call ids]
     frame 1…  the arrays' bytes, little-endian, in the order in which the header names them; several small ones in one
 
-``call_id`` joins a call and its reply; notes have 0. The first three entries keep their place in every version and an
+``call_id`` joins a call and its reply; notes have 0. Equal replies to up to ``SHARED_CALLS`` calls may be one message. The first three entries keep their place in every version and an
 ``ErrorReply`` keeps its form, so that peers of different versions can tell each other so. No pickle, no lists of
 numbers: small arrays are copied once, side by side, where the socket would have copied them; large ones not at all,
 and out of the frames none is (received arrays are read-only). See ``slime_async.transport.buffers``.
@@ -54,11 +54,12 @@ __all__ = [
 
 
 class Envelope(NamedTuple):
-    """A message as it came. ``call_id`` is 0 for a note."""
+    """A message as it came. ``call_id`` is 0 for a note; ``also`` are further calls that a reply answers."""
 
     message: Message
     call_id: int
     reply: bool
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,13 @@ def _numpy_scalar(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {reprlib.repr(value)} has no form on the wire")
 
 
+PACK_BYTES = 4096
+"""What a header's buffer begins with; msgpack's own choice is 1 MiB for each"""
+
+
 def _pack(raw: Any) -> bytes:
     try:
-        packed: bytes = msgpack.packb(raw, default=_numpy_scalar)
+        packed: bytes = msgpack.Packer(default=_numpy_scalar, buf_size=PACK_BYTES).pack(raw)
     except (TypeError, ValueError, OverflowError) as error:
         raise BadMessage(f"cannot be sent: {error}") from error
     return packed
@@ -165,16 +170,30 @@ register(Trajectory, Coder(_encode_trajectory, _decode_trajectory))
 MESSAGE_KINDS: tuple[type[Message], ...] = tuple({kind.__name__: kind for kind in Message.__subclasses__()}.values())
 """By name, the last of each: ``dataclass(slots=True)`` makes every class anew, and the first may still be around."""
 
+SHARED_CALLS = 8
+"""That one reply answers at most"""
+
 _MESSAGES = union(MESSAGE_KINDS)
 _ERROR_REPLY = coder(ErrorReply)
 
 
-def encode(message: Message, *, call_id: int = 0, reply: bool = False, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
-    """Frames to send. Raises ``BadMessage`` for what the receiver would refuse: a wrong dtype, too large a size."""
+def encode(
+    message: Message,
+    *,
+    call_id: int = 0,
+    reply: bool = False,
+    also: Sequence[int] = (),
+    limits: Limits = DEFAULT_LIMITS,
+) -> list[Buffer]:
+    """Frames to send. Raises ``BadMessage`` for what the receiver would refuse: a wrong dtype, too large a size.
+
+    A reply answers the calls ``also``, too: fewer than ``SHARED_CALLS`` of them.
+    """
     assert _MESSAGES.encode is not None
     arrays: list[Buffer] = []
     body = _MESSAGES.encode(message, arrays)
-    frames: list[Buffer] = [_pack((PROTOCOL_VERSION, call_id, reply, body))]
+    envelope = (PROTOCOL_VERSION, call_id, reply, body)
+    frames: list[Buffer] = [_pack((*envelope, also) if also else envelope)]
     if arrays:
         frames += frames_of(arrays)
     try:
@@ -189,29 +208,34 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Envelop
     if not frames:
         raise BadMessage("a message has at least one frame, this one has none")
     check_sizes(frames, limits)
-    call_id, reply, body = _open_envelope(_unpack(frames[0], limits))
+    call_id, reply, also, body = _open_envelope(_unpack(frames[0], limits))
     try:
         rest = Frames(frames[1:], limits)
         message = _MESSAGES.decode(body, rest)
         rest.end()
     except BadMessage as bad:
-        bad.call_id, bad.reply = call_id, reply
+        bad.call_id, bad.reply, bad.also = call_id, reply, also
         raise
-    return Envelope(message, call_id, reply)
+    return Envelope(message, call_id, reply, also)
 
 
-def _open_envelope(raw: Any) -> tuple[int, bool, Any]:
+def _open_envelope(raw: Any) -> tuple[int, bool, tuple[int, ...], Any]:
     if type(raw) is not list or len(raw) < 3:
         raise wants("[version, call id, reply, [kind, fields]]", raw)
     version, call_id, reply, *body = raw
     if type(version) is not int or type(call_id) is not int or not 0 <= call_id <= INT_MAX or type(reply) is not bool:
         raise wants("[version, call id, reply, [kind, fields]]", raw)
     is_error = len(body) == 1 and type(body[0]) is list and body[0][:1] == [ErrorReply.__name__]
-    if len(body) != 1 or (version != PROTOCOL_VERSION and not is_error):
+    also: Any = body.pop() if reply and len(body) == 2 and version == PROTOCOL_VERSION else []
+    if len(body) != 1 or not _are_more_calls(also) or (version != PROTOCOL_VERSION and not is_error):
         problem = f"peer speaks protocol version {version}, this side {PROTOCOL_VERSION}: install the same release"
         if version == PROTOCOL_VERSION:
-            problem = f"envelope has {len(raw)} entries, not 4"
+            problem = f"envelope has {len(raw)} entries: not 4, nor 5 with the further call ids of a reply"
         bad = BadMessage(problem)
         bad.call_id, bad.reply = call_id, reply
         raise bad
-    return call_id, reply, body[0]
+    return call_id, reply, tuple(also), body[0]
+
+
+def _are_more_calls(also: Any) -> bool:
+    return type(also) is list and len(also) < SHARED_CALLS and all(type(i) is int and 0 < i <= INT_MAX for i in also)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from slime_async.protocol import ErrorReply, Message
-from slime_async.transport.codec import Buffer, Envelope, Limits, decode, encode
+from slime_async.protocol import Delivered, ErrorReply, Message
+from slime_async.transport.codec import SHARED_CALLS, Buffer, Envelope, Limits, decode, encode
 from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
 from slime_async.transport.stream import Outbox
 
@@ -51,6 +51,15 @@ class _Call:
     reply: asyncio.Future[Message]
     retry: bool
     sending: asyncio.Future[None] | None = None
+
+
+@dataclass(slots=True)
+class _Acknowledgement:
+    """The latest one. While it waits in the outbox, equal ones join it, so that they are one message."""
+
+    reply: Delivered
+    calls: list[int]
+    frames: list[Buffer]
 
 
 @dataclass(slots=True)
@@ -102,6 +111,7 @@ class Conversation:
         self._traffic = traffic
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
+        self._acknowledgement: _Acknowledgement | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed: Exception | None = None
 
@@ -187,10 +197,11 @@ class Conversation:
     def take(self, envelope: Envelope) -> None:
         if envelope.reply:
             message = envelope.message
-            self._settle(
-                envelope.call_id,
-                RemoteError(message.code, message.message) if isinstance(message, ErrorReply) else message,
-            )
+            for call_id in (envelope.call_id, *envelope.also):
+                self._settle(
+                    call_id,
+                    RemoteError(message.code, message.message) if isinstance(message, ErrorReply) else message,
+                )
         elif self.holding:
             self._held.append(envelope)
         else:
@@ -239,20 +250,37 @@ class Conversation:
     def _refuse(self, bad: BadMessage) -> None:
         self._traffic.bad += 1
         if bad.reply:
-            self._settle(bad.call_id, bad)
+            for call_id in (bad.call_id, *bad.also):
+                self._settle(call_id, bad)
         self._reply(error_reply(bad), 0 if bad.reply else bad.call_id)
         self._on_bad(bad)
 
     def _reply(self, reply: Message, call_id: int) -> None:
         """To a call, or about a note (``call_id`` 0). Where there is no room, it waits in the outbox."""
-        if self._closed is not None:
+        if self._closed is not None or (type(reply) is Delivered and self._joined(reply, call_id)):
             return
         is_reply = call_id != 0
         try:
             frames = encode(reply, call_id=call_id, reply=is_reply, limits=self._limits)
         except BadMessage as bad:
             frames = encode(error_reply(bad), call_id=call_id, reply=is_reply)
+        if type(reply) is Delivered and is_reply:
+            self._acknowledgement = _Acknowledgement(reply, [call_id], frames)
         self._put(frames)
+
+    def _joined(self, reply: Delivered, call_id: int) -> bool:
+        """Whether an equal acknowledgement still waits, last, and took this call in."""
+        latest = self._acknowledgement
+        if latest is None or not call_id or latest.reply != reply or not self.outbox.ends_with(latest.frames):
+            return False
+        if len(latest.calls) >= SHARED_CALLS:
+            return False
+        first, *others = calls = [*latest.calls, call_id]
+        latest.frames[:] = encode(reply, call_id=first, reply=True, also=others, limits=self._limits)
+        latest.calls = calls
+        if len(latest.calls) == SHARED_CALLS and not self.outbox.blocked:
+            self.outbox.flush()  # the other side goes on with these
+        return True
 
     # ---------------------------------------------------------------------------------------------- ends
 

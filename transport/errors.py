@@ -12,7 +12,8 @@ from __future__ import annotations
 class BadMessage(ValueError):
     """A message that breaks the rules of the wire; says where and why, so that its sender can read it.
 
-    ``call_id`` and ``reply`` are the envelope's where it was readable, to tell whoever waits; otherwise 0, ``False``.
+    ``call_id``, ``reply`` and ``also`` are the envelope's where it was readable, to tell whoever waits; otherwise 0,
+    ``False`` and nothing.
     """
 
     def __init__(self, problem: str) -> None:
@@ -20,6 +21,7 @@ class BadMessage(ValueError):
         self.path: list[str] = []
         self.call_id = 0
         self.reply = False
+        self.also: tuple[int, ...] = ()
 
     def within(self, name: str) -> BadMessage:
         """The same, found inside ``name``."""

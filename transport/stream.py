@@ -2,7 +2,8 @@
 
 A plain socket behind ``add_reader``, because ``zmq.asyncio`` makes futures and wake-ups per message. ZeroMQ's file
 descriptor only tells that *something* happened, and any operation may use that up; so every operation is followed by
-one more look at the socket, which reads what came and lets the ``Outbox`` es try again.
+one more look at the socket, which reads what came and lets the ``Outbox`` es try again. Where a look would only find
+nothing, it asks for the socket's events instead: a read in vain costs an exception, twice as much.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from socket import SHUT_RDWR
 from socket import socket as Connection
+from typing import Any
 
 import zmq
 
@@ -31,6 +33,7 @@ TOGETHER = 8
 SILENCE_READ = 1024
 """Messages read before a silent peer is given up"""
 
+_POLLIN = int(zmq.POLLIN)
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
@@ -99,27 +102,53 @@ class Stream:
         self._on_room = on_room
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
+        self._send: Callable[..., Any] = super(
+            zmq.Socket, socket
+        ).send  # without the options that pyzmq checks for each frame
         self._scheduled = False
+        self._looking = False
+        self._sent = False
+        """While looking: something was sent after the latest look"""
         self.closed = False
         self._loop.add_reader(self._fd, self._look)
         self.look_soon()
 
     def look_soon(self) -> None:
-        """At the end of this turn of the loop: read what came, and let waiting messages go on."""
+        """At the end of this turn of the loop: let waiting messages go on, and read what came."""
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._look)
+            self._loop.call_soon(self._look_again)
 
     def _look(self) -> None:
+        self._attend(came=True)
+
+    def _look_again(self) -> None:
         self._scheduled = False
+        self._attend(came=False)
+
+    def _attend(self, came: bool) -> None:
+        """``came``: ZeroMQ told that something happened; it may have been said before our own latest operation."""
+        self._looking = True
         try:
-            if not self.closed and self.read(BURST) == BURST:
-                self.look_soon()
-            if not self.closed:
+            if not came and not self.closed:
                 self._on_room()
+                came = self._can_read()
+            if came and not self.closed:
+                if self.read(BURST) == BURST:
+                    self.look_soon()
+                self._sent = False
+                if not self.closed:
+                    self._on_room()
+                if self._sent and self._can_read():
+                    self.look_soon()
         except Exception as error:
             self._on_error(error)
             raise
+        finally:
+            self._looking = False
+
+    def _can_read(self) -> bool:
+        return not self.closed and bool(int(self.socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def read(self, most: int) -> int:
         """Hand on up to ``most`` messages that are here already; returns how many."""
@@ -145,18 +174,23 @@ class Stream:
         """
         if self.closed:
             raise ConnectionLost("the connection is closed")
-        self.look_soon()
-        send, last = self.socket.send, len(frames) - 1
+        send, last = self._send, len(frames) - 1
         try:
             for i, frame in enumerate(frames):
                 size = frame.nbytes if type(frame) is memoryview else len(frame)
                 send(frame, _LAST if i == last else _MORE, size < BORROW_FROM_BYTES, False)
         except zmq.Again:  # only ever raised for the first frame: ZeroMQ takes messages whole
+            self.look_soon()
             return False
         except zmq.ZMQError as error:
+            self.look_soon()
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             raise ConnectionLost("closed the connection") from None
+        if self._looking:
+            self._sent = True
+        else:
+            self.look_soon()
         return True
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -192,6 +226,10 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def ends_with(self, frames: Sequence[Buffer]) -> bool:
+        """Whether this very message is the last that waits: it may still be changed."""
+        return bool(self._waiting) and self._waiting[-1][0] is frames
+
     def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
         """A future that is done once the message is sent, or failed. Cancelling it takes the message back."""
         if not self._waiting:
@@ -223,6 +261,11 @@ class Outbox:
             self._waiting.popleft()
             self._blocked = max(0, self._blocked - 1)
             self._progress_at = time.monotonic()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether messages wait that found no room."""
+        return self._blocked > 0
 
     def blocked_s(self) -> float:
         """For how long the oldest message has found no room."""

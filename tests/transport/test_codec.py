@@ -16,6 +16,7 @@ from slime_async.protocol import (
     PROTOCOL_VERSION,
     Batch,
     Deliver,
+    Delivered,
     ErrorReply,
     Evaluate,
     GetStatus,
@@ -35,6 +36,7 @@ from slime_async.transport.codec import (
     BadMessage,
     Buffer,
     EncodedTrajectory,
+    Envelope,
     Limits,
     ReceivedTrajectory,
     decode,
@@ -152,7 +154,7 @@ def test_other_protocol_versions_are_refused_by_name() -> None:
 def test_an_error_reply_is_read_whatever_version_sent_it() -> None:
     body = ["ErrorReply", {"code": "BadMessage", "message": "install the same release"}]
     envelope = decode([msgpack.packb([PROTOCOL_VERSION + 1, 7, True, body])])
-    assert envelope == (ErrorReply("BadMessage", "install the same release"), 7, True)
+    assert envelope == (ErrorReply("BadMessage", "install the same release"), 7, True, ())
 
 
 GRANTED = Granted(tuple(Reservation(TaskRef(i, "train", i), 0, 0) for i in range(40)))
@@ -288,3 +290,17 @@ def test_a_relayed_message_must_be_an_engine_command() -> None:
 def test_only_messages_are_sent() -> None:
     with pytest.raises(BadMessage, match="wants"):
         encode(make_trajectory())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("also", [[0], ["2"], [True], [2**63], list(range(1, 9)), {}, 7])
+def test_further_calls_of_a_reply_are_checked(also: Any) -> None:
+    body = ["Delivered", {"outcome": "accepted"}]
+    with pytest.raises(BadMessage, match="envelope has 5 entries"):
+        decode([msgpack.packb([PROTOCOL_VERSION, 9, True, body, also])])
+    with pytest.raises(BadMessage, match="envelope has 5 entries"):
+        decode([msgpack.packb([PROTOCOL_VERSION, 9, False, body, [2]])])
+
+
+def test_a_reply_names_all_the_calls_that_it_answers() -> None:
+    frames = encode(Delivered("accepted"), call_id=4, reply=True, also=(5, 6))
+    assert decode(frames) == Envelope(Delivered("accepted"), 4, True, (5, 6))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgpack
 import pytest
 
 from slime_async.protocol import (
+    PROTOCOL_VERSION,
     Commit,
     Deliver,
     Delivered,
@@ -25,7 +27,8 @@ from slime_async.protocol import (
 )
 from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.client import HubClient
-from slime_async.transport.codec import BadMessage, Limits
+from slime_async.transport.codec import DEFAULT_LIMITS, BadMessage, Envelope, Limits, decode
+from slime_async.transport.conversation import Conversation, Traffic
 from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
 from slime_async.transport.server import Server
 from tests.transport.examples import same
@@ -288,3 +291,90 @@ def test_an_address_beyond_loopback_needs_keys_or_consent(address: str) -> None:
     with pytest.raises(ValueError, match=r"can be reached from the network.*hub.insecure = true"):
         server()
     server(insecure=True)
+
+
+def unexpected(what: object) -> Any:
+    raise AssertionError(f"unexpected: {what}")
+
+
+def test_equal_acknowledgements_that_wait_are_one_message() -> None:
+    async def scenario() -> None:
+        async with a_hub() as hub, a_client(hub.server.address) as (client, _):
+            sent = trajectory(64)
+            before = client.traffic.messages_in
+            calls = [asyncio.create_task(client.call(Deliver(sent), 10)) for _ in range(20)]
+            assert await asyncio.gather(*calls) == [Delivered("accepted")] * 20
+            assert client.traffic.messages_in - before < 20
+            assert client.traffic.late == client.traffic.bad == 0
+
+    run(scenario())
+
+
+def test_an_acknowledgement_waits_with_at_most_eight_calls_and_stays_in_order() -> None:
+    room = False
+    wire: list[list[Any]] = []
+
+    def send(frames: Any) -> bool:
+        if room:
+            wire.append(list(frames))
+        return room
+
+    async def scenario() -> None:
+        nonlocal room
+
+        def on_call(message: Message) -> Message:
+            return Delivered("duplicate" if isinstance(message, GetStatus) else "accepted")
+
+        talk = Conversation(
+            "peer",
+            send,
+            lambda: None,
+            on_call=on_call,
+            on_note=unexpected,
+            on_bug=unexpected,
+            on_bad=unexpected,
+            limits=DEFAULT_LIMITS,
+            traffic=Traffic(),
+        )
+        for i in range(1, 20):
+            talk.take(Envelope(Lease(1, 4, 20), i, False))
+        talk.take(Envelope(GetStatus(), 20, False))
+        talk.take(Envelope(Lease(1, 4, 20), 21, False))
+        talk.note_nowait(Ok())
+        talk.take(Envelope(Lease(1, 4, 20), 22, False))
+        room = True
+        talk.outbox.flush()
+        replies = [decode(frames) for frames in wire]
+        assert [(e.call_id, *e.also) for e in replies] == [
+            tuple(range(1, 9)), tuple(range(9, 17)), (17, 18, 19), (20,), (21,), (0,), (22,),
+        ]  # fmt: skip
+        assert [e.message for e in replies[2:5]] == [
+            Delivered("accepted"),
+            Delivered("duplicate"),
+            Delivered("accepted"),
+        ]
+
+    run(scenario())
+
+
+def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
+    async def scenario() -> None:
+        talk = Conversation(
+            "peer",
+            lambda frames: True,
+            lambda: None,
+            on_call=unexpected,
+            on_note=unexpected,
+            on_bug=unexpected,
+            on_bad=lambda bad: None,
+            limits=DEFAULT_LIMITS,
+            traffic=Traffic(),
+        )
+        calls = [asyncio.create_task(talk.call(GetStatus(), 10)) for _ in range(3)]
+        await asyncio.sleep(0)
+        talk.receive([msgpack.packb([PROTOCOL_VERSION, 1, True, ["Delivered", {"outcome": "lost"}], [2, 3]])])
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(outcome, BadMessage)
+            assert "Delivered.outcome" in str(outcome)
+
+    run(scenario())
