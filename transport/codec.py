@@ -10,6 +10,9 @@ The first three entries keep their place in every version and an ``ErrorReply`` 
 different versions can tell each other so. No pickle, no lists of numbers: small arrays are copied once, side by side,
 where the socket would have copied them; large ones not at all, and out of the frames none is (received arrays are
 read-only). See ``slime_async.transport.buffers``.
+
+A trajectory stays in the form in which it came: inside a header it is a byte string with its own header, so a
+``ReceivedTrajectory`` remembers its ``EncodedTrajectory`` and is sent on (or stored) without being coded again.
 """
 
 from __future__ import annotations
