@@ -7,10 +7,9 @@
 One run measures, on the same bytes: conversion from Megatron's tensors into the buffers; a raw broadcast of one flat
 tensor to a bare process, and of as many tensors as the model has; the publication as the publisher does it (pause, one
 call with a broadcast per tensor, resume) with requests in flight, and beside the thread that converts; and 512 MB a
-call. ``broadcast`` is the collectives alone, by the
-device's clock as the raw one is, ``update`` all between pause and resume: the call, the broadcast, the copies into the
-model. What Qwen3-30B-A3B would cost is computed from these rates and from a raw broadcast of some of its layers, whose
-tensors are many and small.
+call. ``broadcast`` is the collectives alone, by the device's clock as the raw one is, ``update`` all between pause and
+resume: the call, the broadcast, the copies into the model. What Qwen3-30B-A3B would cost is computed from these rates
+and from a raw broadcast of some of its layers, whose tensors are many and small.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ import torch
 from benchmarks.weight_sync_models import (
     SHAPES,
     SUPPORTED_GPU_ARGUMENTS,
-    weight_bytes,
+    weight_sizes,
     write_config,
     write_random_weights,
 )
@@ -356,7 +356,7 @@ class Bench:
         self.engine_layouts = [(gpus, 1), (gpus // 2, 2)] if self.gpu else [(2, 1)]
         self.checkpoint = directory / shape
         self.config = write_config(self.checkpoint, shape, arguments.device)
-        self.bytes = weight_bytes(self.config)
+        self.bytes = sum(weight_sizes(self.config))
         if not self.gpu:
             write_random_weights(self.checkpoint, self.config, "cpu")
 

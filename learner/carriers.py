@@ -124,10 +124,8 @@ class GroupCarrier:
         self._source.leave()
         try:
             self._answers(leaving)
-        except (
-            SourceLost,
-            WeightGroupError,
-        ) as error:  # at a run's end as it should be; else the next order fails, too
+        except (SourceLost, WeightGroupError) as error:
+            # at a run's end as it should be; else the next order fails, too
             log.info("a source did not leave its weight groups: %s", error)
 
     def _parts(self, snapshot: Snapshot) -> list[WeightManifest]:

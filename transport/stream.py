@@ -102,9 +102,8 @@ class Stream:
         self._on_room = on_room
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._send: Callable[..., Any] = super(
-            zmq.Socket, socket
-        ).send  # without the options that pyzmq checks for each frame
+        # the backend's own: without the options that pyzmq checks for each frame
+        self._send: Callable[..., Any] = super(zmq.Socket, socket).send
         self._scheduled = False
         self._looking = False
         self._sent = False

@@ -8,7 +8,7 @@ engine       plays the run's own episodes, as many at once as it can,  ``saturat
              and bursts of equal requests
 full-engine  an actor of ``--hub``, which always grants; others may    the first file of ``--together``, as JSON
              be full at the same time: the files of ``--together``
-nobody       a learner of ``--hub`` that publishes, and never      ``published``
+nobody       a learner of ``--hub`` that publishes, and never          ``published``
              leases; it stays until it is killed
 learner      the training loop on batches like ``episodes.json``,      ``saturated-learner.json``; ``learner.ready``
              from memory; with ``--beside`` it goes on until the file  once that is measured, ``learner-batches.json``
@@ -47,6 +47,8 @@ LEARNER_STOP = "learner.stop"
 LEARNER_BATCHES = "learner-batches.json"
 WARMUP_BATCHES = 1
 CALL_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 0.0
+"""Nothing is sent"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -189,12 +191,14 @@ def saturate_learner(config: Config, directory: Path, beside: bool) -> Saturated
     from slime_async.learner.loop import SilentOutlet, train
     from slime_async.learner.snapshots import Snapshots
     from slime_async.learner.trainer import Trainer
+    from slime_async.learner.weights_outlet import FollowingOutlet, WeightShare
     from slime_async.telemetry.spans import SpanRecorder
 
     class Timed(SilentOutlet):
         """Keeps when each batch was done, and how large it was."""
 
         def __init__(self) -> None:
+            super().__init__(FollowingOutlet(WeightShare(), SEND_TIMEOUT_S))
             self.ends: list[float] = []
             self.tokens: list[float] = []
             self.snapshots: Snapshots | None = None

@@ -39,7 +39,9 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     """A mode of ``bench.json``, from the rates that each side reached in the same benchmark: alone, and where they were
     measured, side by side. Of the mode's own run it takes how long publications took."""
     config, row, saturated = result["config"], result["modes"][mode], result["saturated"]
-    engine = saturated["engine"]
+    engine = SaturatedEngine.from_plain(saturated["engine"])
+    delivering = saturated.get("delivering")  # alone, with an actor that delivers, where that was measured
+    full = EngineRate(**delivering) if delivering else engine.full
     learners, actors = row["learner_devices"], row["actor_devices"]
     colocated = bool(set(learners) & set(actors))
     arguments = _forced_arguments(config)
@@ -55,8 +57,8 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         engine=EngineModel(
             devices=row["engine_ranks"],
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
-            beside=_engine_beside(saturated, len(learners), colocated),
-            **_decoding(SaturatedEngine.from_plain(engine), _full(saturated)),
+            beside=_engine_beside(saturated, full, len(learners), colocated),
+            **_decoding(engine, full),
         ),
         learner=LearnerModel(
             devices=len(learners),
@@ -67,19 +69,12 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         lengths=_lengths(arguments, result),
         turns=int(arguments.get("turns", 1)),
         environment_s=_delays(arguments),
-        prompt_tokens=engine["total_tokens_per_sample"] - engine["tokens_per_sample"],
+        prompt_tokens=engine.total_tokens_per_sample - engine.tokens_per_sample,
         publish_s=_publish_s(result, row) if mode.startswith("one-step-off") else row["publish_s"],
         pause_s=row["pause_s"],
         steps=60,
         warmup_steps=10 + row["max_staleness"],
     )
-
-
-def _full(saturated: Mapping[str, Any]) -> EngineRate:
-    """An engine with all the requests that it takes, alone; where that was measured, with an actor that delivers."""
-    if delivering := saturated.get("delivering"):
-        return EngineRate(**delivering)
-    return SaturatedEngine.from_plain(saturated["engine"]).full
 
 
 def _decoding(engine: SaturatedEngine, full: EngineRate) -> dict[str, Any]:
@@ -117,13 +112,13 @@ def _line(shares: Sequence[float], costs: Sequence[float]) -> tuple[float, float
     return float(slope), float(offset)
 
 
-def _engine_beside(saturated: Mapping[str, Any], learner_devices: int, colocated: bool) -> float:
+def _engine_beside(saturated: Mapping[str, Any], full: EngineRate, learner_devices: int, colocated: bool) -> float:
     """How many times as long it takes beside what else computes in its mode; 1 where that was not measured."""
     if colocated:
         beside = saturated.get("engines_together")
     else:
         beside = saturated.get("side_by_side", {}).get(str(learner_devices), {}).get("engine_tokens_per_s")
-    return max(1.0, _full(saturated).tokens_per_s / beside) if beside else 1.0
+    return max(1.0, full.tokens_per_s / beside) if beside else 1.0
 
 
 def _learner_beside(saturated: Mapping[str, Any], devices: int, colocated: bool) -> float:

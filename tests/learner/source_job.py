@@ -10,12 +10,17 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from layout_job import config_for, train_sequences
 from safetensors.torch import save_file
 
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.group_source import GroupSource
 from slime_async.learner.publisher import Publisher, PublishError
 from slime_async.learner.snapshots import Snapshot
@@ -47,7 +52,7 @@ def main() -> None:
         sys.stdin.readline()
 
 
-def _versions(trainer: Trainer, out: Path, publish) -> None:  # type: ignore[no-untyped-def]
+def _versions(trainer: Trainer, out: Path, publish: Callable[[int], object]) -> None:
     for version in range(2):
         if version:
             trainer.train_supervised([(s.token_ids, s.loss_mask) for s in train_sequences()], 1e-2)
@@ -57,7 +62,7 @@ def _versions(trainer: Trainer, out: Path, publish) -> None:  # type: ignore[no-
         save_file(tensors, out / "all.safetensors")
 
 
-def _publish(job, settings, trainer: Trainer, share: WeightShare) -> None:  # type: ignore[no-untyped-def]
+def _publish(job: dict[str, Any], settings: WeightsConfig, trainer: Trainer, share: WeightShare) -> None:
     engines: list[tuple[EngineInfo, ...]] = []
     publishers: list[Publisher] = []
 
@@ -93,7 +98,7 @@ def _publish(job, settings, trainer: Trainer, share: WeightShare) -> None:  # ty
 def _halt(how: str) -> None:
     send, sent = GroupSource.send, []
 
-    def halting(self: GroupSource, snapshot: Snapshot, unless) -> None:  # type: ignore[no-untyped-def]
+    def halting(self: GroupSource, snapshot: Snapshot, unless: Sequence[Future[Any]]) -> None:
         sent.append(snapshot.weights)
         if len(sent) == 2:
             if how == "fail":
@@ -103,7 +108,7 @@ def _halt(how: str) -> None:
             threading.Event().wait()
         send(self, snapshot, unless)
 
-    GroupSource.send = halting  # type: ignore[method-assign]
+    patch.object(GroupSource, "send", halting).start()
 
 
 if __name__ == "__main__":
