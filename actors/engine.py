@@ -133,6 +133,10 @@ class Engine(Protocol):
     def num_ranks(self) -> int:
         """How many ranks this engine takes in a weight group."""
 
+    @property
+    def takes_buffers(self) -> bool:
+        """Whether weights may come to it side by side in large buffers. Known once it is started."""
+
     async def start(self) -> None:
         """Bring the engine up. It may hold no weights yet. Raises ``EngineError`` when it cannot."""
 
@@ -173,10 +177,12 @@ class Engine(Protocol):
         weights: WeightId,
         shared: Sequence[SharedTensor] = (),
         shares: Sequence[int] = (),
+        buffer_bytes: int = 0,
     ) -> None:
         """Take part in one broadcast, or take what is ``shared``; use it from the next sampled token on.
 
         ``shares``: how many of the manifest's tensors come over each of the groups joined, one group after the other.
+        ``buffer_bytes``: they come side by side in buffers of that size; 0: each by itself.
         """
 
     async def status(self) -> EngineStatus:

@@ -12,6 +12,7 @@ from slime_async.actors.engine import Engine
 from slime_async.actors.pool import EnginePool, MakeEngine
 from slime_async.actors.sglang.arguments import check_arguments, command_line, num_ranks
 from slime_async.actors.sglang.engine import SGLangEngine
+from slime_async.actors.sglang.loader import LOADER
 from slime_async.actors.sglang.model import ModelFacts
 from slime_async.actors.sglang.server import LaunchSpec, share_devices
 from slime_async.actors.sglang.versions import features_of, installed_version, weight_label
@@ -114,9 +115,11 @@ def server_arguments(
         "stream_interval": features.stream_interval,
         "enable_return_routed_experts": record_routing,
         "disable_overlap_schedule": record_routing and not features.records_overlapped,
+        "custom_weight_loader": [LOADER, *arguments.get("custom_weight_loader", ())],
     }
     ours |= {"load_format": "dummy"} if weights is None else {"weight_version": weight_label(weights)}
-    return tuple(command_line({**ours, **arguments}))
+    others = {name: value for name, value in arguments.items() if name != "custom_weight_loader"}
+    return tuple(command_line({**ours, **others}))
 
 
 def check_installed() -> None:

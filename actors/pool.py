@@ -123,7 +123,7 @@ class EnginePool:
     def infos(self) -> tuple[EngineInfo, ...]:
         """The engines that run, as the learner needs to know them."""
         engines = (member.engine for member in self._members if member.running)
-        return tuple(EngineInfo(engine.engine_id, self._actor, engine.num_ranks) for engine in engines)
+        return tuple(EngineInfo(e.engine_id, self._actor, e.num_ranks, e.takes_buffers) for e in engines)
 
     async def _start(self, member: Member) -> None:
         engine = member.engine

@@ -360,7 +360,9 @@ async def obey(command: EngineCommand, engine: Engine) -> Message:
         case PauseEngine():
             await engine.pause(PauseMode(command.mode))
         case ReceiveWeights():
-            await engine.receive_weights(command.manifest, command.weights, command.shared, command.shares)
+            await engine.receive_weights(
+                command.manifest, command.weights, command.shared, command.shares, command.buffer_bytes
+            )
             return Received(engine.in_flight_at_update)
         case ResumeEngine():
             await engine.resume()

@@ -210,7 +210,8 @@ class EngineActor:
         self._client: HubClient | None = None
 
     async def join(self, address: str) -> None:
-        info = EngineInfo(self._engine.engine_id, self._name, self._engine.num_ranks)
+        engine = self._engine
+        info = EngineInfo(engine.engine_id, self._name, engine.num_ranks, engine.takes_buffers)
         hello = Hello("actor", self._name, slots=1, engines=(info,), sources={"train": 100})
         self._client = await HubClient.connect(address, hello, handler=self._handle)
 

@@ -27,6 +27,7 @@ from slime_async.protocol import (
 )
 from slime_async.transport.shared_tensors import Shares
 from slime_async.transport.weight_group import WeightGroupError
+from slime_async.transport.weight_layout import BUFFER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class Carrier(Protocol):
 
 
 class GroupCarrier:
-    """One broadcast per tensor over process groups of a source rank and engines: ``sources`` says who is in which."""
+    """Broadcasts over process groups of a source rank and engines: ``sources`` says who is in which.
+
+    One broadcast per buffer; where an engine takes none, one per tensor for all.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class GroupCarrier:
         self._source = GroupSource(0, self._sources, backend, config.timeout_s, address)
         self._others = others
         self._members: tuple[EngineInfo, ...] = ()
+        self._whole_buffers = False
         self._epoch = 0
 
     def connect(self, engines: tuple[EngineInfo, ...]) -> None:
@@ -98,6 +103,7 @@ class GroupCarrier:
             self._answers(forming)
         self._commands.finish(joining)
         self._members = engines
+        self._whole_buffers = all(engine.takes_buffers for engine in engines)
         names = [engine.engine_id for engine in engines]
         log.info("weight groups %s-…-%d: %d sources, engines %s", self._name, self._epoch, self._sources, names)
 
@@ -111,9 +117,11 @@ class GroupCarrier:
 
     def send(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Message]:
         receiving = self._begin_receiving(snapshot, engines)
-        sending = [other.send(snapshot.weights) for other in self._others]
+        whole = self._whole_buffers
+        sending = [other.send(snapshot.weights, whole_buffers=whole) for other in self._others]
         with self._explained_by(receiving):
-            self._source.send(snapshot, unless=[*(call for _, call in receiving), *sending])
+            unless: list[Future[Any]] = [*(call for _, call in receiving), *sending]
+            self._source.send(snapshot, unless, whole_buffers=whole)
             self._follow(sending, receiving)
         return self._commands.finish(receiving)
 
@@ -139,7 +147,13 @@ class GroupCarrier:
             manifest = WeightManifest(tuple(tensor for part in order for tensor in part))
             shares = tuple(map(len, order)) if self._others else ()
             for engine in lane:
-                command = ReceiveWeights(engine.engine_id, manifest, snapshot.weights, shares=shares)
+                command = ReceiveWeights(
+                    engine.engine_id,
+                    manifest,
+                    snapshot.weights,
+                    shares=shares,
+                    buffer_bytes=BUFFER_BYTES if self._whole_buffers else 0,
+                )
                 receiving.append(self._commands.begin(engine, command))
         return receiving
 

@@ -42,14 +42,14 @@ class GroupSource:
         for lane in lanes_of_source(self._number, self._sources, len(hosted)):
             self._groups[lane] = WeightGroup.create(hosted[lane][0], 0)
 
-    def send(self, snapshot: Snapshot, unless: Sequence[Future[Any]]) -> None:
+    def send(self, snapshot: Snapshot, unless: Sequence[Future[Any]], *, whole_buffers: bool) -> None:
         """Broadcast the snapshot to one lane after the other, while it is being filled.
 
         Raises ``WeightGroupError`` when somebody is gone or late, or as soon as one of ``unless`` fails.
         """
         try:
             for lane in lanes_of_source(self._number, self._sources, len(self._groups)):
-                arriving = snapshot.arriving(self._timeout_s)
+                arriving = snapshot.arriving(self._timeout_s, whole_buffers=whole_buffers)
                 self._groups[lane].send(arriving, unless=unless, device=snapshot.tensors[0].device)
         except Exception:  # filling may raise anything
             self.leave()  # lanes that it has yet to come to would wait for their deadline

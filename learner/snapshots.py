@@ -5,8 +5,8 @@
     training loop          publisher                 buffers A   buffers B
     begin(v) ─ publish ──► takes v as current            v          v − 1
     fill(v): queues 0, 1 ► pauses the engines            …
-    next step …            broadcasts bucket 0 while the device converts 1
-                           broadcasts bucket 1, resumes
+    next step …            broadcasts buffer 0 while the device converts 1
+                           broadcasts buffer 1, resumes
 
 There are two sets of buffers, used in turn and never given back: one holds the current weights, which a late engine may
 still ask for, the other takes the next. A set is free when the publisher has taken the snapshot after its own, which
@@ -24,12 +24,7 @@ from torch import Tensor
 
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.trajectory import WeightId
-from slime_async.transport.weight_group import consecutive_parts, tensor_bytes, torch_dtype
-
-BUCKET_BYTES = 1 << 30
-"""What is converted before the first byte is sent; tensors are broadcast one by one all the same"""
-ALIGNMENT_BYTES = 256
-"""Of every tensor in a buffer, as CUDA's allocator gives it"""
+from slime_async.transport.weight_layout import BUFFER_BYTES, buffers_of
 
 Place = Callable[[TensorSpec], Tensor]
 """Where a tensor is to be written"""
@@ -82,16 +77,21 @@ class Snapshot:
     tensors: tuple[Tensor, ...]
     filling: Filling | None = None
     """None: complete from the beginning"""
+    buffers: tuple[tuple[int, Tensor], ...] = ()
+    """The tensors again, as the bytes that they are part of; and how many lie in each buffer and those before it"""
 
-    def arriving(self, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) as they are filled; on CUDA the current stream waits, not the caller."""
+    def arriving(self, timeout_s: float, *, whole_buffers: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as they are filled; on CUDA the current stream waits, not the caller.
+
+        ``whole_buffers``: the buffers, as ``buffers_of`` lays them out, under the names of their last tensors.
+        """
         awaited = None
-        for i, (spec, tensor) in enumerate(zip(self.manifest.tensors, self.tensors, strict=True)):
-            event = None if self.filling is None else self.filling.wait(i + 1, timeout_s)
-            if event is not None and event is not awaited:  # tensors of one bucket share theirs
+        for count, tensor in self.buffers if whole_buffers else enumerate(self.tensors, 1):
+            event = None if self.filling is None else self.filling.wait(count, timeout_s)
+            if event is not None and event is not awaited:  # tensors of one buffer share theirs
                 torch.cuda.current_stream(tensor.device).wait_event(event)
                 awaited = event
-            yield spec.name, tensor
+            yield self.manifest.tensors[count - 1].name, tensor
 
     def wait_queued(self, timeout_s: float) -> None:
         """Until all conversions are done, on CUDA at least queued: from then on none wants the interpreter."""
@@ -109,22 +109,18 @@ class WeightBuffers:
     """One set of large flat buffers, and in them a view for each tensor of the manifest."""
 
     tensors: tuple[Tensor, ...]
-    ends: tuple[int, ...]
-    """For each bucket, how many tensors it and those before it hold"""
+    buffers: tuple[tuple[int, Tensor], ...]
+    """And for each, how many tensors it and those before it hold"""
 
     @classmethod
-    def allocate(cls, manifest: WeightManifest, device: torch.device, bucket_bytes: int) -> WeightBuffers:
+    def allocate(cls, manifest: WeightManifest, device: torch.device, buffer_bytes: int) -> WeightBuffers:
         tensors: list[Tensor] = []
-        ends: list[int] = []
-        for bucket in consecutive_parts(manifest, bucket_bytes):
-            flat = torch.empty(sum(map(_room, bucket)), dtype=torch.uint8, device=device)
-            start = 0
-            for spec in bucket:
-                size = tensor_bytes(spec)
-                tensors.append(flat[start : start + size].view(torch_dtype(spec.dtype)).view(spec.shape))
-                start += _room(spec)
-            ends.append(len(tensors))
-        return cls(tuple(tensors), tuple(ends))
+        buffers: list[tuple[int, Tensor]] = []
+        for layout in buffers_of(manifest, buffer_bytes):
+            buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+            tensors += (tensor for _, tensor in layout.views(buffer))
+            buffers.append((len(tensors), buffer))
+        return cls(tuple(tensors), tuple(buffers))
 
 
 @dataclass(slots=True)
@@ -133,23 +129,23 @@ class Snapshots:
 
     manifest: WeightManifest
     device: torch.device
-    bucket_bytes: int = BUCKET_BYTES
+    buffer_bytes: int = BUFFER_BYTES
     _sets: list[WeightBuffers] = field(default_factory=list)
     _taken: int = 0
 
     def begin(self, weights: WeightId) -> Snapshot:
         """A snapshot to be published at once, and filled after that."""
         if len(self._sets) < 2:
-            self._sets.append(WeightBuffers.allocate(self.manifest, self.device, self.bucket_bytes))
+            self._sets.append(WeightBuffers.allocate(self.manifest, self.device, self.buffer_bytes))
         buffers = self._sets[self._taken % 2]
         self._taken += 1
-        return Snapshot(weights, self.manifest, buffers.tensors, Filling(len(buffers.tensors)))
+        return Snapshot(weights, self.manifest, buffers.tensors, Filling(len(buffers.tensors)), buffers.buffers)
 
     def fill(self, snapshot: Snapshot, export: Export) -> None:
         """Write the weights as they are now; on CUDA this only queues the work."""
         assert snapshot.filling is not None
         buffers = next(held for held in self._sets if held.tensors is snapshot.tensors)
-        ends = set(buffers.ends)
+        ends = {count for count, _ in buffers.buffers}
         places = dict(zip((spec.name for spec in self.manifest.tensors), buffers.tensors, strict=True))
         try:
             for count, _ in enumerate(export(lambda spec: places[spec.name]), 1):
@@ -166,7 +162,3 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _room(spec: TensorSpec) -> int:
-    return -(-tensor_bytes(spec) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -101,8 +101,8 @@ class OtherSource:
     def join(self) -> Future[dict[str, Any]]:
         return self._ask({"do": "join"})
 
-    def send(self, weights: WeightId) -> Future[dict[str, Any]]:
-        return self._ask({"do": "send", "weights": list(weights)})
+    def send(self, weights: WeightId, *, whole_buffers: bool) -> Future[dict[str, Any]]:
+        return self._ask({"do": "send", "weights": list(weights), "whole_buffers": whole_buffers})
 
     def leave(self) -> Future[dict[str, Any]]:
         return self._ask({"do": "leave"})
@@ -239,7 +239,8 @@ class SourceRank:
             case "queued":
                 self._snapshot(WeightId(*order["weights"])).wait_queued(self._timeout_s)
             case "send":
-                self._source.send(self._snapshot(WeightId(*order["weights"])), [self._given_up])
+                snapshot = self._snapshot(WeightId(*order["weights"]))
+                self._source.send(snapshot, [self._given_up], whole_buffers=order["whole_buffers"])
             case "leave":
                 self._source.leave()
                 self._given_up = Future()

@@ -46,7 +46,7 @@ from typing import Literal
 
 from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, WeightId
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Peers of different protocol versions refuse each other, naming both."""
 
 Role = Literal["actor", "learner", "observer"]
@@ -73,6 +73,8 @@ class EngineInfo:
     engine_id: str
     actor: str
     num_ranks: int
+    takes_buffers: bool = False
+    """Weights may come to it side by side in large buffers; else each tensor by itself"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +389,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What one broadcast carries, in sending order, one collective per tensor."""
+    """What one publication carries, in sending order."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -468,6 +470,8 @@ class ReceiveWeights(Message):
     """Where the tensors lie, in the manifest's order; empty when they are broadcast"""
     shares: tuple[int, ...] = ()
     """How many of the tensors come over each of the engine's groups, in the order it joined them; empty: it has one"""
+    buffer_bytes: int = 0
+    """They are broadcast side by side in buffers of so many bytes (``transport.weight_layout``); 0: each by itself"""
 
 
 @dataclass(frozen=True, slots=True)

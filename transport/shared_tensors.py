@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from slime_async.protocol import CudaMemory, HostMemory, SharedTensor, TensorSpec
-from slime_async.transport.weight_group import torch_dtype
+from slime_async.transport.weight_layout import torch_dtype
 
 
 class Reduction:

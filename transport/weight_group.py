@@ -6,7 +6,7 @@ groups come and go as engines do::
     learner                                             engine ranks 1 … n
     host_group()      ── the spec, told by message ──►
     WeightGroup.create(spec, 0)  ◄── TCPStore ──►       WeightGroup.create(spec, rank)
-    send(tensors)     ── one broadcast per tensor ──►   receive(manifest)
+    send(tensors)     ──── one broadcast of each ───►   receive(manifest)
     close()                                             close()
 
 Rendezvous and key prefixes are those of ``torch.distributed``'s own constructors (``tcp://`` store, a prefix for the
@@ -19,7 +19,6 @@ the next one. NCCL connects in the first broadcast, gloo while the group is form
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
@@ -29,7 +28,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -37,8 +35,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
+from slime_async.protocol import WeightGroupSpec, WeightManifest
 from slime_async.transport.threads import in_daemon_thread
+from slime_async.transport.weight_layout import buffers_of, torch_dtype
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -166,19 +165,28 @@ class WeightGroup:
         contiguous = (tensor.detach().contiguous() for _, tensor in tensors)
         self._run(lambda: self._broadcast_beside(contiguous, device), "send", unless)
 
-    def receive(self, manifest: WeightManifest, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Engine ranks: take part in one broadcast; the tensors by name, freshly allocated on ``device``.
+    def receive(
+        self, manifest: WeightManifest, device: torch.device | str = "cpu", buffer_bytes: int = 0
+    ) -> dict[str, Tensor]:
+        """Engine ranks: take part in a manifest's broadcasts; the tensors by name, freshly allocated on ``device``.
 
+        With ``buffer_bytes`` they come side by side, as ``buffers_of`` lays them out; else each by itself.
         Raises ``WeightGroupError`` when a peer died or ``spec.timeout_s`` passed; the group is broken then.
         """
         if self.rank == 0:
             raise ValueError(f"rank 0 of weight group {self.spec.name!r} cannot receive: it sends")
-        received = {
-            spec.name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
-            for spec in manifest.tensors
-        }
-        self._run(lambda: self._broadcast(received.values()), "receive")
-        return received
+        if not buffer_bytes:
+            received = {
+                spec.name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
+                for spec in manifest.tensors
+            }
+            self._run(lambda: self._broadcast(received.values()), "receive")
+            return received
+        layouts = buffers_of(manifest, buffer_bytes)
+        buffers = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for layout in layouts]
+        self._run(lambda: self._broadcast(buffers), "receive")
+        pairs = zip(layouts, buffers, strict=True)
+        return {name: tensor for layout, buffer in pairs for name, tensor in layout.views(buffer)}
 
     def close(self) -> None:
         """Leave the group; its sockets and threads go. Idempotent. A broadcast of others breaks by it."""
@@ -278,47 +286,6 @@ def _event(device: torch.device) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
     return event
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """``bfloat16`` → ``torch.bfloat16``. Raises ``ValueError`` for a name that torch does not know."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no torch dtype: manifests say bfloat16, float32, …")
-    return dtype
-
-
-def tensor_bytes(spec: TensorSpec) -> int:
-    """Of the whole tensor's contents."""
-    return math.prod(spec.shape) * torch_dtype(spec.dtype).itemsize
-
-
-def shares_of(manifest: WeightManifest, shares: Sequence[int], groups: int) -> list[WeightManifest]:
-    """What each of an engine's groups brings, of ``manifest``'s tensors in their order; one group brings all.
-
-    Raises ``ValueError`` for shares that are not the groups', or not of that many tensors.
-    """
-    counts = list(shares) or [len(manifest.tensors)]
-    if len(counts) != groups or sum(counts) != len(manifest.tensors):
-        raise ValueError(
-            f"shares of {counts} tensors do not divide {len(manifest.tensors)} tensors over {groups} weight groups: "
-            "join as many groups as there are sources, and name each one's share"
-        )
-    rest = iter(manifest.tensors)
-    return [WeightManifest(tuple(islice(rest, count))) for count in counts]
-
-
-def consecutive_parts(manifest: WeightManifest, limit_bytes: int) -> list[list[TensorSpec]]:
-    """The tensors in order, each part as large as the limit allows; one that is larger has a part for itself."""
-    parts: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in manifest.tensors:
-        if parts[-1] and size + tensor_bytes(spec) > limit_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(spec)
-        size += tensor_bytes(spec)
-    return parts
 
 
 def _connect(spec: WeightGroupSpec, rank: int) -> Any:

@@ -37,7 +37,8 @@ from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.shared_tensors import open_tensor
 from slime_async.transport.threads import in_daemon_thread
-from slime_async.transport.weight_group import WeightGroup, shares_of
+from slime_async.transport.weight_group import WeightGroup
+from slime_async.transport.weight_layout import shares_of
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that one step may still take when the engine is closed."""
@@ -49,6 +50,7 @@ class EmbeddedEngine:
     """One engine on one device. Create it on any thread; use it from one event loop."""
 
     num_ranks = 1
+    takes_buffers = True
 
     def __init__(
         self,
@@ -159,13 +161,14 @@ class EmbeddedEngine:
         weights: WeightId,
         shared: Sequence[SharedTensor] = (),
         shares: Sequence[int] = (),
+        buffer_bytes: int = 0,
     ) -> None:
         self._check_alive()
         if shared:
             opened = ((spec.name, open_tensor(spec, one)) for spec, one in zip(manifest.tensors, shared, strict=True))
             tensors = dict(opened)
         else:
-            tensors = await self._receive_broadcast(manifest, shares)
+            tensors = await self._receive_broadcast(manifest, shares, buffer_bytes)
 
         def use() -> None:
             self.in_flight_at_update = self._scheduler.running
@@ -173,12 +176,15 @@ class EmbeddedEngine:
 
         await self._command(use)
 
-    async def _receive_broadcast(self, manifest: WeightManifest, shares: Sequence[int]) -> dict[str, Tensor]:
+    async def _receive_broadcast(
+        self, manifest: WeightManifest, shares: Sequence[int], buffer_bytes: int
+    ) -> dict[str, Tensor]:
         if not self._groups:
             raise EngineError(f"engine {self.engine_id} is in no weight group: join one before receiving weights")
         tensors: dict[str, Tensor] = {}
         for group, part in zip(self._groups, shares_of(manifest, shares, len(self._groups)), strict=True):
-            receiving = in_daemon_thread(partial(group.receive, part, self._device), f"receive {self.engine_id}")
+            receive = partial(group.receive, part, self._device, buffer_bytes)
+            receiving = in_daemon_thread(receive, f"receive {self.engine_id}")
             try:
                 received = await asyncio.wrap_future(receiving)
             except asyncio.CancelledError:

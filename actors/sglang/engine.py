@@ -18,9 +18,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 from slime_async.actors.embedded.checkpoint import read_shapes
 from slime_async.actors.engine import (
@@ -34,6 +35,7 @@ from slime_async.actors.engine import (
 )
 from slime_async.actors.sglang.answers import Answer
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body
+from slime_async.actors.sglang.loader import LOADER
 from slime_async.actors.sglang.model import ModelFacts
 from slime_async.actors.sglang.routing import REMEDY
 from slime_async.actors.sglang.server import POLL_S, LaunchSpec, ServerProcess
@@ -46,6 +48,7 @@ from slime_async.actors.sglang.versions import (
     features_of,
     weight_label,
 )
+from slime_async.addresses import is_loopback
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 
@@ -81,7 +84,8 @@ class SGLangEngine:
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
 
-        Weights come in calls of at most ``buffer_bytes``. ``record_routing``: answers say which experts they took.
+        Weights that come tensor by tensor do so in calls of at most ``buffer_bytes``. ``record_routing``: answers say
+        which experts they took.
 
         Raises ``ValueError`` for checkpoints that name no vocabulary, for experts to be recorded of a model that has
         none, and unless one of ``launch``, ``url`` is given.
@@ -116,6 +120,7 @@ class SGLangEngine:
         self._progress_at = 0.0
         self._background: set[asyncio.Task[None]] = set()
         self.num_ranks = 1
+        self.takes_buffers = False
         self.in_flight_at_update = 0
 
     # --------------------------------------------------------------------------------------------------- life cycle
@@ -151,9 +156,21 @@ class SGLangEngine:
             )
         self._seeded = bool(info.get("enable_deterministic_inference", False))
         self.num_ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
-        self._updates = WeightUpdates(client, self._features, self._name, self._buffer_bytes)
+        self.takes_buffers = self._has_our_loader(client, info)
+        self._updates = WeightUpdates(
+            client,
+            self._features,
+            self._name,
+            call_bytes=self._buffer_bytes,
+            ranks=int(info.get("tp_size", 1)),
+        )
         self._progress_at = time.monotonic()
         log.info("%s: SGLang %s at %s, %d ranks", self._name, self._features.version, client.url, self.num_ranks)
+
+    def _has_our_loader(self, client: SGLangClient, info: Mapping[str, Any]) -> bool:
+        """Of failures it tells in files: on this machine. A draft model would load the weights a second time."""
+        loaders = info.get("custom_weight_loader") or ()
+        return LOADER in loaders and is_loopback(client.url) and not info.get("speculative_algorithm")
 
     async def _find(self, client: SGLangClient) -> None:
         """Until somebody else's server answers; it may be paused."""
@@ -366,12 +383,18 @@ class SGLangEngine:
         weights: WeightId,
         shared: Sequence[SharedTensor] = (),
         shares: Sequence[int] = (),
+        buffer_bytes: int = 0,
     ) -> None:
         updates = self._check_updates()
-        if shared:
-            await self._use(weights, lambda label, flush: updates.open_shared(manifest, shared, label, flush=flush))
-        else:
-            await self._use(weights, lambda label, flush: updates.broadcast(manifest, shares, label, flush=flush))
+
+        def update(label: str, flush: bool) -> Awaitable[None]:
+            if shared:
+                return updates.open_shared(manifest, shared, label, flush=flush)
+            if buffer_bytes:
+                return updates.broadcast_buffers(manifest, shares, buffer_bytes, label, flush=flush)
+            return updates.broadcast(manifest, shares, label, flush=flush)
+
+        await self._use(weights, update)
 
     async def _use(self, weights: WeightId, update: Callable[[str, bool], Awaitable[None]]) -> None:
         """Replace the weights by what ``update`` brings. Where it fails, the engine is left without any."""

@@ -6,16 +6,20 @@ import asyncio
 import base64
 import logging
 import pickle
+import tempfile
 import time
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from slime_async.actors.engine import EngineError
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient
+from slime_async.actors.sglang.loader import LOADER, LoadOrder
 from slime_async.actors.sglang.versions import Features
 from slime_async.protocol import SharedTensor, WeightGroupSpec, WeightManifest
 from slime_async.transport.shared_tensors import reduction
-from slime_async.transport.weight_group import consecutive_parts, shares_of
+from slime_async.transport.weight_layout import consecutive_parts, shares_of
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +40,16 @@ class ServerStuck(EngineError):
 class WeightUpdates:
     """The weight groups of one server. One call at a time."""
 
-    def __init__(self, client: SGLangClient, features: Features, name: str, call_bytes: int) -> None:
-        """``call_bytes``: at most so much of the weights in one call, as the server holds a call's whole."""
+    def __init__(self, client: SGLangClient, features: Features, name: str, *, call_bytes: int, ranks: int) -> None:
+        """Of a server of ``ranks`` tensor-parallel ranks.
+
+        ``call_bytes``: of weights that come tensor by tensor, at most so much in one call, all of which it holds.
+        """
         self._client = client
         self._call_bytes = call_bytes
+        self._ranks = ranks
+        self._failures = Path(tempfile.gettempdir()) / f"slime-async-{uuid.uuid4().hex}"
+        """Where our loader in the server says what went wrong"""
         self._features = features
         self._name = name
         self._groups: list[str] = []
@@ -71,13 +81,11 @@ class WeightUpdates:
                 log.warning("%s could not leave weight group %s: %s", self._name, group, error)
 
     async def broadcast(self, manifest: WeightManifest, shares: Sequence[int], label: str, *, flush: bool) -> None:
-        """Take part in one broadcast, one collective per tensor in the manifest's order, group after group.
+        """Take part in one collective per tensor in the manifest's order, group after group.
 
         Raises ``EngineError`` outside a group; ``EngineRefused`` where the server has taken nothing or half of it and
         lives; ``ServerStuck`` where it does not return.
         """
-        if not self._groups:
-            raise EngineError(f"{self._name} is in no weight group: join one before receiving weights")
         bodies = [
             {
                 "names": [tensor.name for tensor in part],
@@ -85,10 +93,27 @@ class WeightUpdates:
                 "shapes": [list(tensor.shape) for tensor in part],
                 "group_name": group,
             }
-            for group, share in zip(self._groups, shares_of(manifest, shares, len(self._groups)), strict=True)
+            for group, share in zip(self._groups, self._parts(manifest, shares), strict=True)
             for part in consecutive_parts(share, self._call_bytes)
         ]
         await self._update("/update_weights_from_distributed", bodies, label, flush=flush, timeout_s=self._timeout_s)
+
+    async def broadcast_buffers(
+        self, manifest: WeightManifest, shares: Sequence[int], buffer_bytes: int, label: str, *, flush: bool
+    ) -> None:
+        """As ``broadcast``, one collective per buffer, by our own loader in the server."""
+        parts = tuple(self._parts(manifest, shares))
+        order = LoadOrder(tuple(self._groups), parts, buffer_bytes, str(self._failures))
+        body = {"serialized_named_tensors": [order.payload()] * self._ranks, "load_format": LOADER}
+        order.take_failures()  # of a call that was given up
+        await self._update("/update_weights_from_tensor", [body], label, flush=flush, timeout_s=self._timeout_s)
+        if failures := order.take_failures():
+            raise EngineRefused(f"{self._name}: weights were not received whole: {'; '.join(failures)}")
+
+    def _parts(self, manifest: WeightManifest, shares: Sequence[int]) -> list[WeightManifest]:
+        if not self._groups:
+            raise EngineError(f"{self._name} is in no weight group: join one before receiving weights")
+        return shares_of(manifest, shares, len(self._groups))
 
     async def open_shared(
         self, manifest: WeightManifest, shared: Sequence[SharedTensor], label: str, *, flush: bool

@@ -24,7 +24,7 @@ from slime_async.learner.snapshots import Place
 from slime_async.learner.sources import Division, divide
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.telemetry.progress import Progress, silent
-from slime_async.transport.weight_group import tensor_bytes
+from slime_async.transport.weight_layout import tensor_bytes
 
 
 def manifest(model: Architecture, dtype: torch.dtype) -> WeightManifest:

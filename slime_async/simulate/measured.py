@@ -58,7 +58,7 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
             devices=row["engine_ranks"],
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
             beside=_engine_beside(saturated, full, len(learners), colocated),
-            **_decoding(engine, full),
+            **_decoding(engine, full, waits="tool_median_s" in arguments),
         ),
         learner=LearnerModel(
             devices=len(learners),
@@ -77,10 +77,12 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     )
 
 
-def _decoding(engine: SaturatedEngine, full: EngineRate) -> dict[str, Any]:
+def _decoding(engine: SaturatedEngine, full: EngineRate, *, waits: bool) -> dict[str, Any]:
     """Fields of ``EngineModel``. Two lengths of a burst tell a decoding step, in which nothing enters; what a token
     takes longer in an engine that is kept full, at each of several levels, is what entering requests cost: so much each
-    time that any enter, and so much for each of them. Results without bursts have all of it in the steps."""
+    time that any enter, and so much for each of them. Where episodes wait for environments (``waits``), only the full
+    engine's time tells that: at lower levels it has idle moments. Results without bursts have all of it in the steps.
+    """
     if not engine.bursts:
         return {"step_s": tuple((rate.running, rate.running / rate.tokens_per_s) for rate in engine.rates)}
     steps = []
@@ -89,10 +91,11 @@ def _decoding(engine: SaturatedEngine, full: EngineRate) -> dict[str, Any]:
         steps.append((float(requests), max(0.0, (long.seconds - short.seconds) / (long.tokens - short.tokens))))
     decoded = engine.tokens_per_request - 1  # the first token comes of the prefill
     shares, costs = [], []
-    for rate in (*engine.rates[1:-1], full):
+    delivering_s = engine.tokens_per_request * (1 / full.tokens_per_s - engine.step_s(full.running) / full.running)
+    for rate in (full,) if waits else (*engine.rates[1:-1], full):
         entering = rate.running / decoded  # requests per step
         shares.append((1 - math.exp(-entering)) / entering)  # prefills per request, where arrivals are independent
-        spent_s = engine.tokens_per_request / rate.tokens_per_s
+        spent_s = engine.tokens_per_request / rate.tokens_per_s + (0.0 if rate is full else max(0.0, delivering_s))
         costs.append(max(0.0, spent_s - decoded * interpolate(steps, rate.running) / rate.running))
     prefill_s, request_s = _line(shares, costs)
     return {"step_s": tuple(steps), "prefill_s": prefill_s, "request_s": request_s}

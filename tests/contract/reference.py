@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from slime_async.actors.engine import Engine, EngineStatus, GenerateRequest, SamplingParams
+from slime_async.learner.snapshots import WeightBuffers
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.weight_group import WeightGroup, host_group
@@ -28,6 +29,8 @@ DEADLINE_S = 60.0
 """Of a whole test, reached only when something is broken"""
 VOCAB = 33
 OLD, NEW = WeightId(0, 3), WeightId(0, 4)
+SMALL_BUFFER_BYTES = 16 << 10
+"""Several for the tests' models, and several tensors in most"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,28 @@ class Learner:
         names = ((name, str(tensor.dtype).removeprefix("torch."), tensor) for name, tensor in tensors.items())
         return WeightManifest(tuple(TensorSpec(name, dtype, tuple(tensor.shape)) for name, dtype, tensor in names))
 
-    async def broadcast(self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId) -> None:
-        """Raises what the engine raises."""
-        await engine.check_weights(self.manifest(tensors))
-        receiving: Awaitable[None] = engine.receive_weights(self.manifest(tensors), weights)
+    async def broadcast(
+        self, engine: Engine, tensors: dict[str, Tensor], weights: WeightId, buffer_bytes: int | None = None
+    ) -> None:
+        """In buffers if the engine takes them, or of ``buffer_bytes``. Raises what the engine raises."""
+        manifest = self.manifest(tensors)
+        await engine.check_weights(manifest)
+        if buffer_bytes is None:
+            buffer_bytes = SMALL_BUFFER_BYTES if engine.takes_buffers else 0
+        sending = side_by_side(manifest, tensors, buffer_bytes) if buffer_bytes else list(tensors.items())
+        receiving: Awaitable[None] = engine.receive_weights(manifest, weights, buffer_bytes=buffer_bytes)
         sent, received = await asyncio.gather(
-            asyncio.to_thread(self.group.send, tensors.items()), receiving, return_exceptions=True
+            asyncio.to_thread(self.group.send, sending), receiving, return_exceptions=True
         )
         for outcome in (received, sent):
             if isinstance(outcome, BaseException):
                 raise outcome
+
+
+def side_by_side(manifest: WeightManifest, tensors: dict[str, Tensor], buffer_bytes: int) -> list[tuple[str, Tensor]]:
+    """The tensors side by side in buffers, under their numbers."""
+    device = next(iter(tensors.values())).device
+    made = WeightBuffers.allocate(manifest, device, buffer_bytes)
+    for view, tensor in zip(made.tensors, tensors.values(), strict=True):
+        view.copy_(tensor)
+    return [(str(number), buffer) for number, (_, buffer) in enumerate(made.buffers)]

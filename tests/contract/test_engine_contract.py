@@ -7,6 +7,7 @@ whose it is; third, an engine that ends takes nobody with it silently.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from slime_async.actors.engine import Engine, EngineError, GenerateRequest, Gene
 from slime_async.learner.snapshots import WeightBuffers
 from slime_async.trajectory import VersionSpan
 from slime_async.transport.shared_tensors import Shares
+from slime_async.transport.weight_group import WeightGroupError
 from tests.contract.reference import (
     NEW,
     OLD,
+    SMALL_BUFFER_BYTES,
     Bench,
     Checkpoints,
     Learner,
@@ -32,6 +35,7 @@ from tests.contract.reference import (
     prompt,
     run,
     serving,
+    side_by_side,
     tensors_of,
 )
 
@@ -476,7 +480,7 @@ def test_weights_can_be_taken_out_of_the_learners_memory_instead_of_a_broadcast(
 ) -> None:
     device = bench.device if bench.device == "cpu" else "cuda:0"  # the engine's own
     buffers = WeightBuffers.allocate(
-        Learner.manifest(tensors_of(checkpoints(seed=1))), torch.device(device), bucket_bytes=4096
+        Learner.manifest(tensors_of(checkpoints(seed=1))), torch.device(device), buffer_bytes=4096
     )
     shares = Shares()
 
@@ -498,6 +502,59 @@ def test_weights_can_be_taken_out_of_the_learners_memory_instead_of_a_broadcast(
                 close_to(bench, answer.logprobs, expected)
                 assert answer.spans == (VersionSpan(0, weights),)
 
+    run(test())
+
+
+@pytest.mark.parametrize("buffer_bytes", [0, 1, 1 << 30], ids=["each by itself", "a buffer each", "one buffer"])
+def test_weights_come_tensor_by_tensor_or_side_by_side(
+    buffer_bytes: int, bench: Bench, checkpoints: Checkpoints
+) -> None:
+    tensors = tensors_of(checkpoints(seed=1), bench.device)
+
+    async def test() -> None:
+        engine = bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)
+        async with serving(engine), Learner.joined_by(engine, backend=bench.backend) as learner:
+            assert engine.takes_buffers
+            await learner.broadcast(engine, tensors, NEW, buffer_bytes)
+            answer = await engine.generate(ask(prompt(4), 8))
+        expected = answer_logprobs(load_model(checkpoints(seed=1)), prompt(4), answer.output_ids)
+        close_to(bench, answer.logprobs, expected)
+        assert answer.spans == (VersionSpan(0, NEW),)
+
+    run(test())
+
+
+@pytest.mark.parametrize("in_buffers", [False, True])
+def test_an_engine_outlives_a_learner_that_leaves_in_the_middle(
+    in_buffers: bool, bench: Bench, checkpoints: Checkpoints
+) -> None:
+    if bench.backend == "nccl":
+        pytest.skip("a server that waits for a NCCL peer in vain is killed: see test_sglang_servers")
+    tensors = tensors_of(checkpoints(seed=1), bench.device)
+    manifest = Learner.manifest(tensors)
+
+    def half() -> Iterator[tuple[str, Tensor]]:
+        yield from sent[: len(sent) // 2]
+        raise MemoryError("on purpose")
+
+    async def test() -> None:
+        engine = bench.make(checkpoints(), weights=OLD, slots=2, max_context=64)
+        buffer_bytes = SMALL_BUFFER_BYTES if in_buffers else 0
+        async with serving(engine):
+            async with Learner.joined_by(engine) as learner:
+                receiving = engine.receive_weights(manifest, NEW, buffer_bytes=buffer_bytes)
+                outcomes = await asyncio.gather(
+                    asyncio.to_thread(learner.group.send, half()), receiving, return_exceptions=True
+                )
+            assert isinstance(outcomes[0], MemoryError)
+            assert isinstance(outcomes[1], EngineError | WeightGroupError)
+            async with Learner.joined_by(engine, 2) as learner:
+                await learner.broadcast(engine, tensors, NEW, buffer_bytes)
+            answer = await engine.generate(ask(prompt(4), 8))
+        expected = answer_logprobs(load_model(checkpoints(seed=1)), prompt(4), answer.output_ids)
+        close_to(bench, answer.logprobs, expected)
+
+    sent = side_by_side(manifest, tensors, SMALL_BUFFER_BYTES) if in_buffers else list(tensors.items())
     run(test())
 
 

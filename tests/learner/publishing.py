@@ -21,11 +21,13 @@ from slime_async.config import Config
 from slime_async.config.schema import WeightsConfig
 from slime_async.learner.carriers import Backend
 from slime_async.learner.publisher import Publisher, Snapshot
+from slime_async.learner.snapshots import WeightBuffers
 from slime_async.protocol import Batch, Commit, Hello, Lease, Membership, Message, Ok, TensorSpec, WeightManifest
 from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.hub import Hub, LearnerLost
+from slime_async.transport.weight_layout import BUFFER_BYTES
 from tests.hub.players import make_config
 
 DEADLINE_S = 40.0
@@ -35,8 +37,10 @@ Result = TypeVar("Result")
 
 def snapshot(version: int) -> Snapshot:
     """Tensors that say which version they are."""
-    tensors = torch.full((4, 3), float(version)), torch.full((3,), version + 0.5, dtype=torch.bfloat16)
-    return Snapshot(WeightId(1, version), MANIFEST, tensors)
+    held = WeightBuffers.allocate(MANIFEST, torch.device("cpu"), BUFFER_BYTES)
+    for tensor, value in zip(held.tensors, (version, version + 0.5), strict=True):
+        tensor.fill_(value)
+    return Snapshot(WeightId(1, version), MANIFEST, held.tensors, buffers=held.buffers)
 
 
 class HubThread:

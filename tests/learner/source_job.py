@@ -98,7 +98,7 @@ def _publish(job: dict[str, Any], settings: WeightsConfig, trainer: Trainer, sha
 def _halt(how: str) -> None:
     send, sent = GroupSource.send, []
 
-    def halting(self: GroupSource, snapshot: Snapshot, unless: Sequence[Future[Any]]) -> None:
+    def halting(self: GroupSource, snapshot: Snapshot, unless: Sequence[Future[Any]], *, whole_buffers: bool) -> None:
         sent.append(snapshot.weights)
         if len(sent) == 2:
             if how == "fail":
@@ -106,7 +106,7 @@ def _halt(how: str) -> None:
                 raise WeightGroupError("this source broke on purpose")
             print("halted", flush=True)
             threading.Event().wait()
-        send(self, snapshot, unless)
+        send(self, snapshot, unless, whole_buffers=whole_buffers)
 
     patch.object(GroupSource, "send", halting).start()
 

@@ -8,6 +8,7 @@ from weight_engine import IN_FLIGHT, PHASES
 
 from slime_async.learner.publisher import PublishError
 from slime_async.protocol import GetStatus, RunStatus
+from slime_async.transport.weight_layout import BUFFER_BYTES
 
 __all__ = ["hub", "make_learner"]
 
@@ -31,6 +32,17 @@ def test_every_version_arrives_at_every_engine(hub: HubThread, make_learner: Mak
     assert not learner.publisher.take_times()
     # the group is formed once, then every publication goes through the same phases
     assert engines[0].heard == ["PrepareWeights", "JoinWeightGroup", *PHASES, *["PrepareWeights", *PHASES] * 2]
+
+
+@pytest.mark.parametrize(("a", "b"), [(True, True), (False, False), (True, False)])
+def test_weights_go_in_buffers_where_every_engine_takes_them(
+    a: bool, b: bool, hub: HubThread, make_learner: MakeLearner
+) -> None:
+    engines = [hub.engine("a", takes_buffers=a), hub.engine("b", takes_buffers=b)]
+    make_learner().publish(0)
+    for engine in engines:
+        check_holds(engine, 0)
+        assert engine.buffer_bytes == (BUFFER_BYTES if a and b else 0)
 
 
 def test_a_late_joiner_gets_the_current_version_though_nothing_new_is_published(

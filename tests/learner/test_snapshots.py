@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slime_async.learner.snapshots import ALIGNMENT_BYTES, Export, FillError, Place, Snapshots
+from slime_async.learner.snapshots import Export, FillError, Place, Snapshots
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.trajectory import WeightId
+from slime_async.transport.weight_layout import ALIGNMENT_BYTES, buffers_of
 
 DEADLINE_S = 20.0
 MANIFEST = WeightManifest(
@@ -27,11 +28,11 @@ def export_of(value: float) -> Export:
     return export
 
 
-def snapshots(bucket_bytes: int = 1024) -> Snapshots:
-    return Snapshots(MANIFEST, torch.device("cpu"), bucket_bytes)
+def snapshots(buffer_bytes: int = 1024) -> Snapshots:
+    return Snapshots(MANIFEST, torch.device("cpu"), buffer_bytes)
 
 
-def test_a_snapshot_is_followed_bucket_by_bucket_while_it_is_filled() -> None:
+def test_a_snapshot_is_followed_buffer_by_buffer_while_it_is_filled() -> None:
     made = snapshots()
     snapshot = made.begin(WeightId(1, 7))
     with ThreadPoolExecutor(1) as thread:
@@ -47,7 +48,22 @@ def test_a_snapshot_is_followed_bucket_by_bucket_while_it_is_filled() -> None:
         assert torch.equal(followed[spec.name], torch.full(spec.shape, 7, dtype=getattr(torch, spec.dtype)))
 
 
-def test_nothing_is_handed_out_before_its_bucket_is_complete() -> None:
+def test_whole_buffers_are_laid_out_as_receivers_expect_them() -> None:
+    made = snapshots()
+    snapshot = made.begin(WeightId(1, 7))
+    made.fill(snapshot, export_of(7))
+    arriving = list(snapshot.arriving(DEADLINE_S, whole_buffers=True))
+    assert [name for name, _ in arriving] == ["b", "c"]
+    layouts = buffers_of(MANIFEST, made.buffer_bytes)
+    received = dict(
+        view for layout, (_, buffer) in zip(layouts, arriving, strict=True) for view in layout.views(buffer.clone())
+    )
+    assert list(received) == ["a", "b", "c"]
+    for spec, tensor in zip(MANIFEST.tensors, snapshot.tensors, strict=True):
+        assert torch.equal(received[spec.name], tensor)
+
+
+def test_nothing_is_handed_out_before_its_buffer_is_complete() -> None:
     made = snapshots()
     snapshot = made.begin(WeightId(1, 7))
     with pytest.raises(FillError, match="only 0 of 3 tensors were converted within"):
@@ -68,7 +84,7 @@ def test_two_sets_of_buffers_are_used_in_turn() -> None:
     first, second, third, fourth = ({t.untyped_storage().data_ptr() for t in s.tensors} for s in taken)
     assert (first, second) == (third, fourth)
     assert not first & second
-    assert len(first) == 2  # a and b share a bucket, c is larger than one
+    assert len(first) == 2  # a and b share a buffer, c is larger than one
 
 
 def test_tensors_in_a_buffer_are_aligned_and_do_not_overlap() -> None:

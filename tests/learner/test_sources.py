@@ -30,7 +30,8 @@ from slime_async.protocol import Deliver, EngineInfo, Granted, Hello, Message, S
 from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import RemoteError
-from slime_async.transport.weight_group import WeightGroupError, shares_of
+from slime_async.transport.weight_group import WeightGroupError
+from slime_async.transport.weight_layout import shares_of
 from tests.transport.examples import make_trajectory
 
 __all__ = ["hub"]
@@ -121,7 +122,7 @@ class Actor:
 
     async def join(self, address: str) -> None:
         await self.engine.start()
-        info = EngineInfo(self.engine.engine_id, self._name, 1)
+        info = EngineInfo(self.engine.engine_id, self._name, 1, self.engine.takes_buffers)
         hello = Hello("actor", self._name, slots=8, engines=(info,), sources={"train": 100})
         self._client = await HubClient.connect(address, hello, handler=self._handle)
 

@@ -52,14 +52,22 @@ class WeightEngine:
     client: HubClient
 
     def __init__(
-        self, name: str, *, refusals: int = 0, refused: str = "ReceiveWeights", halt: str = "", ranks: int = 1
+        self,
+        name: str,
+        *,
+        refusals: int = 0,
+        refused: str = "ReceiveWeights",
+        halt: str = "",
+        ranks: int = 1,
+        takes_buffers: bool = False,
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self._takes_buffers = ranks, takes_buffers
         self.name = name
         self.engine_id = f"{name}/engine"
         self._refusals, self._refused, self._halt = refusals, refused, halt
         self.weights: WeightId | None = None
         self.tensors: dict[str, torch.Tensor] = {}
+        self.buffer_bytes = 0
         self.heard: list[str] = []
         self.changed = asyncio.Event()
         self._group: WeightGroup | None = None
@@ -72,7 +80,7 @@ class WeightEngine:
 
     @property
     def _info(self) -> EngineInfo:
-        return EngineInfo(self.engine_id, self.name, self._ranks)
+        return EngineInfo(self.engine_id, self.name, self._ranks, self._takes_buffers)
 
     async def holds(self, version: int) -> None:
         while self.weights is None or self.weights.version < version:
@@ -127,7 +135,10 @@ class WeightEngine:
             self.tensors = {spec.name: open_tensor(spec, shared).clone() for spec, shared in pairs}
         else:
             assert self._group is not None
-            self.tensors = await asyncio.to_thread(self._group.receive, message.manifest)
+            self.buffer_bytes = message.buffer_bytes
+            self.tensors = await asyncio.to_thread(
+                self._group.receive, message.manifest, buffer_bytes=message.buffer_bytes
+            )
         await self._maybe_halt("taken")
         self.weights = message.weights
         self.changed.set()

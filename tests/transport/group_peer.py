@@ -79,9 +79,9 @@ class _Rank:
         self.close()
         self._group = WeightGroup.create(spec, rank)
 
-    def receive(self, manifest: WeightManifest) -> dict[str, str]:
+    def receive(self, manifest: WeightManifest, buffer_bytes: int = 0) -> dict[str, str]:
         assert self._group is not None
-        return digests(self._group.receive(manifest))
+        return digests(self._group.receive(manifest, buffer_bytes=buffer_bytes))
 
     def close(self) -> None:
         if self._group is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slime_async.transport import weight_group
 from slime_async.transport.weight_group import WeightGroup, WeightGroupError, WeightGroupTimeoutError, host_group
+from slime_async.transport.weight_layout import buffers_of
 from tests.transport.group_peer import REPLY_S, Peer, digests, manifest_of
 
 TENSORS = {"a": torch.arange(70_000.0), "b": torch.ones(3, 5)}
@@ -55,6 +56,23 @@ def test_every_dtype_and_shape_arrives_bitwise_at_every_rank() -> None:
         _first, *others = tensors.values()
         assert group.transfer.bytes == sum((tensor + 1).nbytes for tensor in others)
         assert group.transfer.seconds > 0
+        group.close()
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 1000, 1 << 30])
+def test_tensors_arrive_side_by_side_in_buffers(buffer_bytes: int) -> None:
+    tensors = {str(n): torch.arange(n, dtype=torch.int16) for n in (1, 127, 128, 129, 1000)} | TENSORS
+    manifest = manifest_of(tensors)
+    layouts = buffers_of(manifest, buffer_bytes)
+    buffers = [(str(i), torch.zeros(layout.nbytes, dtype=torch.uint8)) for i, layout in enumerate(layouts)]
+    for layout, (_, buffer) in zip(layouts, buffers, strict=True):
+        for name, view in layout.views(buffer):
+            view.copy_(tensors[name])
+    with Peer.several(1) as peers:
+        group = form(peers)
+        peers[0].ask("receive", manifest, buffer_bytes)
+        group.send(buffers)
+        assert peers[0].reply() == digests(tensors)
         group.close()
 
 
