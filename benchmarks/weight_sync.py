@@ -6,10 +6,11 @@
 
 One run measures, on the same bytes: conversion from Megatron's tensors into the buffers; a raw broadcast of one flat
 tensor to a bare process, and of as many tensors as the model has; the publication as the publisher does it (pause, one
-call with a broadcast per tensor, resume) with requests in flight, and beside the thread that converts; and 512 MB a
-call. ``broadcast`` is the collectives alone, by the device's clock as the raw one is, ``update`` all between pause and
-resume: the call, the broadcast, the copies into the model. What Qwen3-30B-A3B would cost is computed from these rates
-and from a raw broadcast of some of its layers, whose tensors are many and small.
+call with a broadcast per buffer, resume) with requests in flight, the same beside the thread that converts, the same
+with a broadcast per tensor as SGLang itself receives them, and 512 MB a call. ``broadcast`` is the collectives alone,
+by the device's clock as the raw one is, ``update`` all between pause and resume: the call, the broadcast, the copies
+into the model. What Qwen3-30B-A3B would cost is computed from these rates and from raw broadcasts of some of its
+layers, whose tensors are many and small.
 """
 
 from __future__ import annotations
@@ -52,21 +53,20 @@ from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.engine import SGLangEngine
 from slime_async.actors.sglang.server import LaunchSpec
 from slime_async.actors.sglang.versions import installed_version
-from slime_async.config.schema import WeightsConfig
 from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
-from slime_async.transport.weight_group import Transfer, WeightGroup, consecutive_parts, host_group, tensor_bytes
+from slime_async.transport.weight_group import Transfer, WeightGroup, host_group
+from slime_async.transport.weight_layout import BUFFER_BYTES, buffers_of, consecutive_parts, tensor_bytes
 
-BUCKET_BYTES = 512 << 20
+CALL_BYTES = 512 << 20
 TIMEOUT_S = 120.0
 START_TIMEOUT_S = 400.0
 BEGUN_S = time.monotonic()
 CONTEXT = 4096
 ANSWER_TOKENS = 384
 """They outlast all publications"""
-ENGINE_BUFFER_BYTES = WeightsConfig().engine_buffer_bytes
 LAYERS_MEASURED = 8
 """Of the 48 that 30B-A3B has: 10 GB fit beside what is there"""
 
@@ -170,11 +170,18 @@ class Bench:
         return SGLangEngine(self.checkpoint, engine_id="bench", launch=launch, max_context=CONTEXT)
 
     async def publish(
-        self, engine: Engine, group: WeightGroup, thread: ThreadPoolExecutor, *, beside: bool = False
+        self,
+        engine: Engine,
+        group: WeightGroup,
+        thread: ThreadPoolExecutor,
+        *,
+        beside: bool = False,
+        by_tensor: bool = False,
     ) -> Round:
         """As the publisher does it; the training thread's part is what it holds up.
 
-        ``beside``: not as the publisher does it, but without waiting for the thread that queues the conversions.
+        Not as the publisher does it: ``beside``, without waiting for the thread that queues the conversions;
+        ``by_tensor``, with a broadcast of each, though the engine takes buffers.
         """
         loop = asyncio.get_running_loop()
         self.version += 1
@@ -188,6 +195,7 @@ class Bench:
             return time.perf_counter() - begun
 
         await engine.check_weights(self.manifest)
+        whole = engine.takes_buffers and not by_tensor
         filling = loop.run_in_executor(thread, fill)
         if not beside:
             await asyncio.to_thread(snapshot.wait_queued, TIMEOUT_S)
@@ -195,8 +203,8 @@ class Bench:
         await engine.pause(PauseMode.IN_PLACE)
         sent = time.perf_counter()
         await asyncio.gather(
-            engine.receive_weights(self.manifest, weights),
-            asyncio.to_thread(group.send, snapshot.arriving(TIMEOUT_S)),
+            engine.receive_weights(self.manifest, weights, buffer_bytes=BUFFER_BYTES if whole else 0),
+            asyncio.to_thread(group.send, snapshot.arriving(TIMEOUT_S, whole_buffers=whole)),
         )
         received = time.perf_counter()
         await engine.resume()
@@ -211,7 +219,7 @@ class Bench:
         tensors = iter(zip((spec.name for spec in self.manifest.tensors), snapshot.tensors, strict=True))
         await engine.pause(PauseMode.IN_PLACE)
         begun = time.perf_counter()
-        for bucket in map(WeightManifest, map(tuple, consecutive_parts(self.manifest, BUCKET_BYTES))):
+        for bucket in map(WeightManifest, map(tuple, consecutive_parts(self.manifest, CALL_BYTES))):
             part = [next(tensors) for _ in bucket.tensors]
             await asyncio.gather(
                 engine.receive_weights(bucket, WeightId(1, self.version)), asyncio.to_thread(group.send, part)
@@ -229,10 +237,12 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures, and what else is worth keeping."""
     engine = bench.make_engine()
     raw_peer, parts_peer = RawPeer(bench, [bench.bytes]), RawPeer(bench, bench.sizes)
-    layers_peer = RawPeer(bench, layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0))
+    layers = layers_30b_a3b(LAYERS_MEASURED if bench.gpu else 0)
+    layers_peer, buffers_peer = RawPeer(bench, layers), RawPeer(bench, in_buffers(layers))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
-        for other in (raw_peer, parts_peer, layers_peer):
+        peers = raw_peer, parts_peer, layers_peer, buffers_peer
+        for other in peers:
             stack.callback(other.end)
             await other.launch()
         building = asyncio.create_task(asyncio.to_thread(bench.build))
@@ -242,7 +252,7 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         await building
         say("learner and engine are there")
         conversion = [bench.conversion_s() for _ in range(bench.rounds + 2)][2:]  # two sets of buffers are new
-        raw, parts, layers = [await peer.broadcast_s() for peer in (raw_peer, parts_peer, layers_peer)]
+        raw, parts, layers_s, buffers_s = [await peer.broadcast_s() for peer in peers]
         say("measured alone")
         spec, store = host_group("weights", 1, 1 + engine.num_ranks, bench.backend, TIMEOUT_S)
         group, _ = await asyncio.gather(
@@ -258,6 +268,7 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         say(f"{bench.requests} requests are in flight")
         rounds = [await bench.publish(engine, group, thread) for _ in range(bench.rounds)]
         beside = [await bench.publish(engine, group, thread, beside=True) for _ in range(bench.rounds)]
+        by_tensor = [await bench.publish(engine, group, thread, by_tensor=True) for _ in range(bench.rounds)]
         bucketed = [await bench.bucketed_s(engine, group) for _ in range(bench.rounds)]
         say("published")
         lost = 0
@@ -289,8 +300,12 @@ async def measure(bench: Bench) -> tuple[dict[str, float], dict[str, Any]]:
         "raw_by_tensor_over_raw": raw_s / median(parts),
         "beside_conversion_over_raw": raw_s / bench.bytes * median(r.transfer.rate for r in beside),
         "beside_conversion_pause_to_resume_ms": 1e3 * median(r.pause_to_resume_s for r in beside),
+        "by_tensor_over_raw": raw_s / bench.bytes * median(r.transfer.rate for r in by_tensor),
+        "by_tensor_pause_to_resume_ms": 1e3 * median(r.pause_to_resume_s for r in by_tensor),
         "rounds": [asdict(r) for r in rounds],
-        "computed_30b_a3b": _computed(bench.bytes, conversion_s, median(layers), rounds) if bench.gpu else None,
+        "computed_30b_a3b": _computed(bench, conversion_s, median(layers_s), median(buffers_s), rounds)
+        if bench.gpu
+        else None,
     }
     return figures, details
 
@@ -299,25 +314,32 @@ def say(what: str) -> None:
     print(f"{time.monotonic() - BEGUN_S:6.1f} s  {what}", flush=True)
 
 
-def _computed(measured_bytes: int, conversion_s: float, layers_s: float, rounds: list[Round]) -> dict[str, float]:
+def in_buffers(sizes: Sequence[int]) -> list[int]:
+    """What ``buffers_of`` makes of tensors of these sizes."""
+    manifest = WeightManifest(tuple(TensorSpec(str(i), "uint8", (size,)) for i, size in enumerate(sizes)))
+    return [layout.nbytes for layout in buffers_of(manifest, BUFFER_BYTES)]
+
+
+def _computed(
+    bench: Bench, conversion_s: float, layers_s: float, buffers_s: float, rounds: list[Round]
+) -> dict[str, float]:
     """What 30B-A3B in bf16 would cost between one learner rank and one engine rank, at the rates of this run.
 
-    Conversion and broadcast scale with what is moved. The calls around them don't, but the server holds 8 GiB of
-    incoming weights at most and takes more calls. Not in it: what the server does with 128 experts' tensors a layer.
+    Conversion and broadcast scale with what is moved, the calls around them don't. Not in it: what the server does with
+    128 experts' tensors a layer.
     """
     layers = layers_30b_a3b(LAYERS_IN_30B_A3B)
     size = sum(layers)
     scale = size / sum(layers_30b_a3b(LAYERS_MEASURED))
-    calls = -(-size // ENGINE_BUFFER_BYTES)
-    around_s = statistics.median(r.pause_to_resume_s - r.broadcast_s for r in rounds)
+    around_s = statistics.median(r.pause_to_resume_s - r.transfer.seconds for r in rounds)
     return {
         "bytes": float(size),
         "tensors": float(len(layers)),
-        "calls": float(calls),
-        "conversion_ms": 1e3 * conversion_s * size / measured_bytes,
-        "broadcast_ms": 1e3 * scale * layers_s,
-        "broadcast_gbps": size / (scale * layers_s) / 1e9,
-        "pause_to_resume_ms": 1e3 * (scale * layers_s + calls * around_s),
+        "conversion_ms": 1e3 * conversion_s * size / bench.bytes,
+        "broadcast_ms": 1e3 * scale * buffers_s,
+        "broadcast_gbps": size / (scale * buffers_s) / 1e9,
+        "by_tensor_broadcast_ms": 1e3 * scale * layers_s,
+        "pause_to_resume_ms": 1e3 * (scale * buffers_s + around_s),
     }
 
 

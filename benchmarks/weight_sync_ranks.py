@@ -1,7 +1,7 @@
 """Weight sync from a learner of several ranks to several engines: one source rank against several, beside raw NCCL.
 
-    python -m benchmarks.weight_sync_ranks                    8 GPUs: learner on 4, engines on 4 (or 2 and 2 of 4 GPUs)
-    python -m benchmarks.weight_sync_ranks --device cpu       a rehearsal: tiny model, gloo, embedded engines
+    python -m benchmarks.weight_sync_ranks                8 GPUs: learner on 4, engines on 4; half and half of 4 or 2
+    python -m benchmarks.weight_sync_ranks --device cpu   a rehearsal: tiny model, gloo, embedded engines
     options: --shapes qwen3-4b qwen3-14b  --rounds 10  --timeout-s 120  --out benchmarks/results/weight_sync_ranks.json
 
 For every shape, learner layout and engine layout it publishes with one source and with as many as there are ranks, by
@@ -87,8 +87,12 @@ class Layout:
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
-OF_4 = (Layout("TP2xDP2", TP2, 4), Layout("PP2xTP2", {**PP2, **TP2}, 4))
-OF_2 = (Layout("TP2", TP2, 2), Layout("PP2", PP2, 2))
+LAYOUTS = {
+    4: (Layout("TP2xDP2", TP2, 4), Layout("PP2xTP2", {**PP2, **TP2}, 4)),
+    2: (Layout("TP2", TP2, 2), Layout("PP2", PP2, 2)),
+    1: (Layout("one rank", {}, 1),),
+}
+"""By the learner's GPUs"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,10 +355,10 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, shape: str, directory: Path) -> None:
         self.arguments, self.shape, self.directory = arguments, shape, directory
         self.gpu = arguments.device == "cuda"
-        self.learner_gpus = 4 if not self.gpu or torch.cuda.device_count() >= 8 else 2
-        self.layouts = OF_4 if self.learner_gpus == 4 else OF_2
-        gpus = self.learner_gpus
-        self.engine_layouts = [(gpus, 1), (gpus // 2, 2)] if self.gpu else [(2, 1)]
+        available = torch.cuda.device_count() // 2 if self.gpu else max(LAYOUTS)
+        gpus = self.learner_gpus = max(n for n in LAYOUTS if n <= available)
+        self.layouts = LAYOUTS[gpus]
+        self.engine_layouts = [(gpus, 1), *([(gpus // 2, 2)] if gpus > 1 else [])] if self.gpu else [(2, 1)]
         self.checkpoint = directory / shape
         self.config = write_config(self.checkpoint, shape, arguments.device)
         self.bytes = sum(weight_sizes(self.config))
@@ -364,12 +368,12 @@ class Bench:
     async def rows(self) -> list[dict[str, Any]]:
         rows = []
         for count, tp in self.engine_layouts:
-            raw = {n: statistics.median(raw_s(self, n, count * tp)) for n in (1, self.learner_gpus)}
+            raw = {n: statistics.median(raw_s(self, n, count * tp)) for n in {1, self.learner_gpus}}
             say(f"{self.shape}: raw to {count} x TP{tp} measured")
             async with AsyncExitStack() as stack:
                 engines = await start_engines(stack, self, count, tp)
                 for layout in self.layouts:
-                    for sources in (1, layout.ranks):
+                    for sources in sorted({1, layout.ranks}):
                         times = await published(self._job(layout, sources), engines, self.gpu)
                         rows.append(self._row(layout, f"{count} x TP{tp}", sources, times, raw[sources]))
                         say(f"{self.shape}, {layout.name} to {count} x TP{tp}, {sources} sources: measured")
@@ -421,8 +425,8 @@ def main() -> None:
         raw_job(json.loads(arguments.raw_job))
         return
     gpu = arguments.device == "cuda"
-    if gpu and torch.cuda.device_count() < 4:
-        parser.error("needs 4 or 8 GPUs, half of them for the learner; --device cpu is a rehearsal")
+    if gpu and torch.cuda.device_count() < 2:
+        parser.error("needs 2, 4 or 8 GPUs, half of them for the learner; --device cpu is a rehearsal")
     rows = []
     for shape in arguments.shapes or (["qwen3-4b", "qwen3-14b"] if gpu else ["tiny"]):
         with tempfile.TemporaryDirectory() as directory:
