@@ -26,7 +26,7 @@ import logging
 import os
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,18 @@ def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def receive(model: Any, order: LoadOrder) -> None:
-    """Group after group, buffer after buffer; returns when everything is in the model."""
+    """Returns when everything is in the model.
+
+    It is handed to the model as one iterator: each call of ``load_weights`` first looks at all parameters.
+    """
     device = next(model.parameters()).device
+    model.load_weights(_arriving(order, device))
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _arriving(order: LoadOrder, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Group after group, buffer after buffer; whoever takes the first tensor of one has used those before it."""
     for name, part in zip(order.groups, order.parts, strict=True):
         group = _group(name)
         coming: deque[tuple[BufferLayout, Tensor, Any]] = deque()
@@ -104,16 +114,14 @@ def receive(model: Any, order: LoadOrder) -> None:
             coming.append((layout, buffer, dist.broadcast(buffer, src=0, group=group, async_op=True)))
             del buffer
             if len(coming) > AHEAD:
-                _load(model, *coming.popleft())
+                yield from _arrived(*coming.popleft())
         while coming:
-            _load(model, *coming.popleft())
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+            yield from _arrived(*coming.popleft())
 
 
-def _load(model: Any, layout: BufferLayout, buffer: Tensor, broadcast: Any) -> None:
+def _arrived(layout: BufferLayout, buffer: Tensor, broadcast: Any) -> Iterator[tuple[str, Tensor]]:
     broadcast.wait()  # on CUDA it is the stream that waits
-    model.load_weights(layout.views(buffer))
+    return layout.views(buffer)
 
 
 def _group(name: str) -> Any:
