@@ -362,8 +362,9 @@ class Bench:
         self.checkpoint = directory / shape
         self.config = write_config(self.checkpoint, shape, arguments.device)
         self.bytes = sum(weight_sizes(self.config))
-        if not self.gpu:
-            write_random_weights(self.checkpoint, self.config, "cpu")
+        write_random_weights(self.checkpoint, self.config, arguments.device)  # engines look up its shapes
+        if self.gpu:
+            torch.cuda.empty_cache()
 
     async def rows(self) -> list[dict[str, Any]]:
         rows = []

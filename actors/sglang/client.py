@@ -14,6 +14,8 @@ import aiohttp
 from slime_async.actors.engine import EngineError, GenerateRequest
 
 CONNECT_TIMEOUT_S = 10.0
+IDLE_S = 3.0
+"""A connection that was idle for longer is not used again. SGLang closes it after 5 s; what is sent then is lost"""
 HTTP_OK, HTTP_NOT_FOUND = 200, 404
 EVENT_BYTES = 1 << 30
 """The longest streamed event; a whole answer of 128k tokens takes 8 MB, its routed experts up to half a GB"""
@@ -49,7 +51,8 @@ class SGLangClient:
         self._api_key, self._admin_key = api_key or admin_key, admin_key or api_key
         self._ready_paths = list(ready_paths)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # as many answers at once as the engine takes
+            # as many answers at once as the engine takes
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         )
 

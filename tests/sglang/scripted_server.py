@@ -26,6 +26,8 @@ class Server:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.keys: dict[str, str] = {}
+        self.connections: list[Any] = []
+        """Where each call came from"""
         self.events: list[dict[str, Any] | str] = []
         self.answers: dict[str, Respond] = {}
         self.version = "0.5.23"
@@ -35,6 +37,7 @@ class Server:
     async def respond(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() if request.can_read_body else {}
         self.calls.append((request.path, body))
+        self.connections.append(request.transport and request.transport.get_extra_info("peername"))
         self.keys[request.path] = request.headers.get("Authorization", "")
         if request.path in self.answers:
             return await self.answers[request.path](request)

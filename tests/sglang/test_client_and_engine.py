@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from aiohttp import web
 
 from slime_async.actors.engine import EngineError, GenerateRequest, PauseMode, SamplingParams
 from slime_async.actors.sglang.client import EngineRefused
+from slime_async.actors.sglang.loader import LOADER, LoadOrder
 from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import VersionSpan
 from tests.sglang.scripted_server import NEW, OLD, ask, event, run, serving
@@ -61,6 +64,67 @@ def test_streams_of_both_kinds_give_the_same_answer(events: list[dict[str, Any] 
             assert (body["rid"], body["input_ids"], body["extra_key"]) == ("0123", [1, 2, 3], "weights-1.3")
             assert (body["sampling_params"]["stop_token_ids"], body["sampling_params"]["top_k"]) == ([5], -1)
             assert engine.num_ranks == 2
+
+    run(test())
+
+
+def test_a_connection_that_was_idle_is_not_used_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may be closing it just then."""
+    monkeypatch.setattr("slime_async.actors.sglang.client.IDLE_S", 0.2)
+
+    async def test() -> None:
+        async with serving(checkpoint) as (server, engine):
+            for idle_s in (0.0, 0.6):
+                await engine.resume()
+                await asyncio.sleep(idle_s)
+            await engine.resume()
+            first, second, third = server.connections[-3:]
+            assert first == second != third
+
+    run(test())
+
+
+def test_a_server_with_our_loader_gets_weights_in_buffers_and_says_what_went_wrong(checkpoint: Path) -> None:
+    seen: list[LoadOrder] = []
+
+    async def load(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        payloads = body["serialized_named_tensors"]
+        assert (len(payloads), body["load_format"], body["weight_version"]) == (2, LOADER, "1.4")  # one for each rank
+        [(text, nothing)] = pickle.loads(base64.b64decode(payloads[0]))
+        assert nothing.numel() == 0
+        seen.append(LoadOrder.read(text))
+        if len(seen) == 2:
+            Path(f"{seen[-1].failures}.17").write_text("RuntimeError: rank 1 heard nothing")
+        return web.json_response({"success": True, "message": "Success"})
+
+    async def test() -> None:
+        async with serving(checkpoint, arguments={"custom_weight_loader": [LOADER]}) as (server, engine):
+            assert engine.takes_buffers
+            server.answers["/update_weights_from_tensor"] = load
+            with pytest.raises(EngineError, match="no weight group"):
+                await engine.receive_weights(MANIFEST, NEW, buffer_bytes=1024)
+            await engine.join_weight_group(SPEC, 1)
+            await engine.receive_weights(MANIFEST, NEW, buffer_bytes=1024)
+            assert (seen[0].groups, seen[0].parts, seen[0].buffer_bytes) == (("weights-1",), (MANIFEST,), 1024)
+            with pytest.raises(EngineRefused, match="not received whole: RuntimeError: rank 1 heard nothing"):
+                await engine.receive_weights(MANIFEST, NEW, buffer_bytes=1024)
+            assert (await engine.status()).weights is None
+            await engine.receive_weights(MANIFEST, NEW, buffer_bytes=1024)  # the failure is forgotten
+            assert (await engine.status()).weights == NEW
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"custom_weight_loader": ["theirs.load"]}, {"speculative_algorithm": "EAGLE"}]
+)
+def test_other_servers_get_weights_tensor_by_tensor(arguments: dict[str, Any], checkpoint: Path) -> None:
+    arguments = {"custom_weight_loader": [LOADER], **arguments} if arguments else {}
+
+    async def test() -> None:
+        async with serving(checkpoint, arguments=arguments) as (_, engine):
+            assert not engine.takes_buffers
 
     run(test())
 
