@@ -21,7 +21,7 @@ Buffer = bytes | bytearray | memoryview
 
 ALIGNMENT = 8
 """Bytes; the largest item of any dtype"""
-BORROW_FROM_BYTES = 256 << 10
+BORROW_FROM_BYTES = 512 << 10
 """Arrays from this size on are lent to the socket as they are: cheaper than copying, dearer than it for smaller ones,
 because ZeroMQ calls back when it is done with what it borrowed"""
 SHARED_FRAME_BYTES = 1 << 20

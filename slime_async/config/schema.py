@@ -213,8 +213,8 @@ class WeightsConfig(Section):
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
     engine_buffer_bytes: PositiveInt = 8 << 30
-    """An SGLang server holds weights that come in beside those it has: at most so many bytes at once, and what is
-    larger comes in several calls"""
+    """An SGLang server that gets weights tensor by tensor holds a call's whole beside what it has: at most so many bytes
+    at once, and what is larger comes in several calls. (Those that come in buffers need 1 GiB.)"""
 
     @property
     def command_timeout_s(self) -> float:
