@@ -5,8 +5,8 @@
     options: --faults "killed during" late …  --steps 8  --at-once 7  --deadline-s 420  --directory DIR  --out FILE
 
 Each fault has a short run of examples/gpu.toml of its own, all of them side by side on GPUs: its lone server gets into
-trouble when it receives weights for the third time, or its learner is killed ten tensors into the third broadcast. What
-is measured is the time from there until an engine uses the learner's weights again. The run has to finish, and its
+trouble when it receives weights for the third time, or its learner is killed three buffers into the third broadcast.
+What is measured is the time from there until an engine uses the learner's weights again. The run has to finish, and its
 audit has to be clean.
 """
 
@@ -54,6 +54,7 @@ SETTINGS: dict[tuple[str, str], Any] = {
     ("sglang", "mem_fraction_static"): 0.5,
     ("sglang", "max_total_tokens"): 16384,
     ("weights", "timeout_s"): 15,
+    ("weights", "buffer_bytes"): 32 << 20,
 }
 CPU: dict[tuple[str, str], Any] = {
     ("model", "path"): "slime_async.demo.model:make_checkpoint",
@@ -61,6 +62,7 @@ CPU: dict[tuple[str, str], Any] = {
     ("actor", "devices"): [],
     ("actor", "slots"): 16,
     ("weights", "backend"): "gloo",
+    ("weights", "buffer_bytes"): 64 << 10,
     ("sglang", "device"): "cpu",
     ("sglang", "dtype"): "float32",
     ("sglang", "attention_backend"): "torch_native",

@@ -53,13 +53,15 @@ from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.engine import SGLangEngine
 from slime_async.actors.sglang.server import LaunchSpec
 from slime_async.actors.sglang.versions import installed_version
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
 from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
 from slime_async.trajectory import WeightId
 from slime_async.transport.weight_group import Transfer, WeightGroup, host_group
-from slime_async.transport.weight_layout import BUFFER_BYTES, buffers_of, consecutive_parts, tensor_bytes
+from slime_async.transport.weight_layout import buffers_of, consecutive_parts, tensor_bytes
 
+BUFFER_BYTES = WeightsConfig().buffer_bytes
 CALL_BYTES = 512 << 20
 TIMEOUT_S = 120.0
 START_TIMEOUT_S = 400.0
@@ -144,7 +146,7 @@ class Bench:
             torch.cuda.empty_cache()
         config = make_config(self.checkpoint, self.shape)
         self.trainer = Trainer.build(config, self.checkpoint, random_weights=True)
-        self.snapshots = Snapshots(self.trainer.manifest(), self.trainer.device)
+        self.snapshots = Snapshots(self.trainer.manifest(), self.trainer.device, BUFFER_BYTES)
         self.manifest = self.trainer.manifest()
         assert self.bytes == sum(map(tensor_bytes, self.manifest.tensors))
         self.version = 0

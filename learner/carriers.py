@@ -27,7 +27,6 @@ from slime_async.protocol import (
 )
 from slime_async.transport.shared_tensors import Shares
 from slime_async.transport.weight_group import WeightGroupError
-from slime_async.transport.weight_layout import BUFFER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ class GroupCarrier:
                     manifest,
                     snapshot.weights,
                     shares=shares,
-                    buffer_bytes=BUFFER_BYTES if self._whole_buffers else 0,
+                    buffer_bytes=self._config.buffer_bytes if self._whole_buffers else 0,
                 )
                 receiving.append(self._commands.begin(engine, command))
         return receiving

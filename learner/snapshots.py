@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slime_async.protocol import TensorSpec, WeightManifest
 from slime_async.trajectory import WeightId
-from slime_async.transport.weight_layout import BUFFER_BYTES, buffers_of
+from slime_async.transport.weight_layout import buffers_of
 
 Place = Callable[[TensorSpec], Tensor]
 """Where a tensor is to be written"""
@@ -129,7 +129,7 @@ class Snapshots:
 
     manifest: WeightManifest
     device: torch.device
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: int
     _sets: list[WeightBuffers] = field(default_factory=list)
     _taken: int = 0
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime_async.config import Config
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.carriers import weight_backend
 from slime_async.learner.group_source import GroupSource
 from slime_async.learner.publisher import Publisher
@@ -47,6 +48,7 @@ class WeightShare:
     """Rank 0's"""
     own: SourceRank | None = None
     """Of a source that is not rank 0"""
+    buffer_bytes: int = WeightsConfig().buffer_bytes
     snapshots: Snapshots | None = None
 
     @classmethod
@@ -57,7 +59,7 @@ class WeightShare:
         """
         settings = config.weights
         if settings.sources == 1:
-            return cls()
+            return cls(buffer_bytes=settings.buffer_bytes)
         division, rank = trainer.divide(settings.sources), dist.get_rank()
         backend, source = weight_backend(settings, trainer.device), None
         assert backend != "ipc", "the configuration's checks refuse it"
@@ -66,14 +68,14 @@ class WeightShare:
             source = GroupSource(number, settings.sources, backend, settings.timeout_s, address)
         met = meet(division, source, settings.timeout_s, trainer.device)
         if isinstance(met, list):
-            return cls(division, tuple(met))
-        return cls(division, own=met)
+            return cls(division, tuple(met), buffer_bytes=settings.buffer_bytes)
+        return cls(division, own=met, buffer_bytes=settings.buffer_bytes)
 
     def take_snapshots(self, trainer: Trainer) -> Snapshots:
         """Their buffers are made when they are needed first."""
         if self.snapshots is None:
             part = trainer.manifest() if self.division is None else self.division.parts[dist.get_rank()]
-            self.snapshots = Snapshots(part, trainer.device)
+            self.snapshots = Snapshots(part, trainer.device, self.buffer_bytes)
         return self.snapshots
 
     def export(self, trainer: Trainer, place: Place) -> Iterator[tuple[str, Tensor]]:

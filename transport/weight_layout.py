@@ -21,8 +21,6 @@ from torch import Tensor
 
 from slime_async.protocol import TensorSpec, WeightManifest
 
-BUFFER_BYTES = 256 << 20
-"""Large enough for the link's rate, small enough that an engine has room for the one it loads and the one that comes"""
 ALIGNMENT_BYTES = 256
 """Of every tensor in a buffer, as CUDA's allocator gives it"""
 

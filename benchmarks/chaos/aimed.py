@@ -12,11 +12,11 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
-from benchmarks.chaos.servers import SERVER_FAULTS, halting_learner, point_of, server_fault
+from benchmarks.chaos.servers import BUFFERS_FIRST, SERVER_FAULTS, halting_learner, point_of, server_fault
 
 Install = Callable[[int], None]
 
@@ -46,17 +46,17 @@ def learner_commit(times: int) -> None:
 
 
 def learner_broadcast(times: int) -> None:
-    """In the middle of a weight sync: ten tensors are sent."""
+    """In the middle of a weight sync: some buffers are sent."""
     from slime_async.transport.weight_group import WeightGroup
 
     send, passages = WeightGroup.send, itertools.count(1)
 
-    def aimed(group: WeightGroup, tensors: Iterable[Any], unless: Sequence[Any] = ()) -> None:
+    def aimed(group: WeightGroup, tensors: Iterable[Any], *arguments: Any, **named: Any) -> None:
         def half() -> Iterator[Any]:
-            yield from itertools.islice(tensors, 10)
+            yield from itertools.islice(tensors, BUFFERS_FIRST)
             die()
 
-        send(group, half() if next(passages) == times else tensors, unless)
+        send(group, half() if next(passages) == times else tensors, *arguments, **named)
 
     WeightGroup.send = aimed  # type: ignore[method-assign, assignment]
 

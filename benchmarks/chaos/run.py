@@ -46,10 +46,14 @@ class Outcome:
     audit: AuditReport
 
 
+SEVERAL_BUFFERS = "65536"
+"""Bytes of each: a broadcast has a middle"""
+
+
 def demo_config(settings: Mapping[str, str]) -> Config:
     """The demo's configuration under ``settings``, which are named as flags are."""
     overrides = {tuple(name.replace("-", "_").split(".")): value for name, value in settings.items()}
-    return load_config(DEMO, overrides)
+    return load_config(DEMO, {("weights", "buffer_bytes"): SEVERAL_BUFFERS, **overrides})
 
 
 def run_under_fire(config: Config, aims: Aims, seconds: float, least: int, seed: int) -> Outcome:

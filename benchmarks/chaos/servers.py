@@ -1,6 +1,6 @@
 """Faults of an SGLang server whose actor lives, and of its learner, at known points of a publication.
 
-The learner halts in each broadcast, ten tensors in, so that "during" is no matter of luck.
+The learner halts in each broadcast, three buffers in, so that "during" is no matter of luck.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ SERVER_FAULTS = ("killed before", "killed during", "hangs during", "killed after
 makes the call when the learner has given up"""
 LATE_S = 20.0
 LEARNER_FAULT = "learner killed during"
-TENSORS_FIRST = 10
+BUFFERS_FIRST = 3
+"""Broadcasts until the learner halts. ``weights.buffer_bytes`` has to be small enough that there are more"""
 HALT_S = 1.0
-"""Of the learner, after so many tensors"""
 FILE = "faults.jsonl"
 """In the run's directory, a line per fault: {"fault", "time_s"}"""
 
@@ -51,9 +51,9 @@ def server_fault(fault: str, times: int) -> None:
         assert engine._server is not None
         os.killpg(engine._server.pid, number)
 
-    async def aimed(engine: SGLangEngine, manifest: Any, weights: Any, shared: Sequence[Any] = ()) -> None:
+    async def aimed(engine: SGLangEngine, *arguments: Any, **named: Any) -> None:
         if next(passages) != times:
-            await receive(engine, manifest, weights, shared)
+            await receive(engine, *arguments, **named)
             return
         note(fault)
         if fault == "killed before":
@@ -64,7 +64,7 @@ def server_fault(fault: str, times: int) -> None:
         elif fault == "late":
             await asyncio.sleep(LATE_S)
         with _other_path() if fault == "refuses" else nullcontext():
-            await receive(engine, manifest, weights, shared)
+            await receive(engine, *arguments, **named)
         if fault == "killed after":
             hit(engine, signal.SIGKILL)
 
@@ -94,17 +94,17 @@ def halting_learner(times: int) -> None:
 
     send, passages = WeightGroup.send, itertools.count(1)
 
-    def aimed(group: WeightGroup, tensors: Iterable[Any], unless: Sequence[Any] = ()) -> None:
+    def aimed(group: WeightGroup, tensors: Iterable[Any], *arguments: Any, **named: Any) -> None:
         dies, rest = next(passages) == times, iter(tensors)
 
         def halting() -> Iterator[Any]:
-            yield from itertools.islice(rest, TENSORS_FIRST)
+            yield from itertools.islice(rest, BUFFERS_FIRST)
             time.sleep(HALT_S)
             if dies:
                 note(LEARNER_FAULT)
                 os.kill(os.getpid(), signal.SIGKILL)
             yield from rest
 
-        send(group, halting(), unless)
+        send(group, halting(), *arguments, **named)
 
     WeightGroup.send = aimed  # type: ignore[method-assign, assignment]

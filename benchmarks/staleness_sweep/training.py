@@ -21,6 +21,7 @@ from slime_async.actors.evaluate import evaluate_source
 from slime_async.actors.rollout import Rollout, RolloutFailure, make_rollout
 from slime_async.cli.prepare import prepare_model
 from slime_async.config import Config
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.batch import prepare_batch
 from slime_async.learner.snapshots import Snapshots
 from slime_async.learner.trainer import Trainer
@@ -117,7 +118,7 @@ class _Lockstep:
         self._queue.declare_sources(self._rollout.source_sizes)
         self._queue.learner_joined(INCARNATION, 0, time.monotonic())
         self._payloads: dict[TrajectoryKey, Trajectory] = {}
-        self._snapshots = Snapshots(trainer.manifest(), trainer.device)
+        self._snapshots = Snapshots(trainer.manifest(), trainer.device, WeightsConfig().buffer_bytes)
         self._left_to_grant = config.run.steps * config.batch.trajectories
 
     async def run(self, protocol: Protocol) -> CellResult:

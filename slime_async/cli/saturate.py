@@ -207,7 +207,9 @@ def saturate_learner(config: Config, directory: Path, beside: bool) -> Saturated
             """The copy, without anybody to send it to."""
             if dist.get_rank() != 0:
                 return super().publish(trainer, weights)
-            self.snapshots = self.snapshots or Snapshots(trainer.manifest(), trainer.device)
+            self.snapshots = self.snapshots or Snapshots(
+                trainer.manifest(), trainer.device, config.weights.buffer_bytes
+            )
             self.snapshots.fill(self.snapshots.begin(weights), trainer.export)
             return 0.0
 

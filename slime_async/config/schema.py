@@ -212,9 +212,12 @@ class WeightsConfig(Section):
     themselves, each a part, over groups of their own, to different engines at the same time"""
     timeout_s: PositiveFloat = 60.0
     """Deadline of each phase of a publish; an engine that misses it is ejected"""
+    buffer_bytes: PositiveInt = 256 << 20
+    """They go over side by side, in buffers of so many bytes: large enough for the link's rate, small enough that an
+    engine has room for the one that it loads and those that come, 2 or 3 in all"""
     engine_buffer_bytes: PositiveInt = 8 << 30
-    """An SGLang server that gets weights tensor by tensor holds a call's whole beside what it has: at most so many bytes
-    at once, and what is larger comes in several calls. (Those that come in buffers need 1 GiB.)"""
+    """An SGLang server that gets weights tensor by tensor holds a call's whole beside what it has: so many bytes at
+    most, and what is larger comes in several calls"""
 
     @property
     def command_timeout_s(self) -> float:

@@ -27,7 +27,6 @@ from slime_async.telemetry.spans import SpanRecorder
 from slime_async.trajectory import WeightId
 from slime_async.transport.blocking import BlockingClient
 from slime_async.transport.hub import Hub, LearnerLost
-from slime_async.transport.weight_layout import BUFFER_BYTES
 from tests.hub.players import make_config
 
 DEADLINE_S = 40.0
@@ -37,7 +36,7 @@ Result = TypeVar("Result")
 
 def snapshot(version: int) -> Snapshot:
     """Tensors that say which version they are."""
-    held = WeightBuffers.allocate(MANIFEST, torch.device("cpu"), BUFFER_BYTES)
+    held = WeightBuffers.allocate(MANIFEST, torch.device("cpu"), WeightsConfig().buffer_bytes)
     for tensor, value in zip(held.tensors, (version, version + 0.5), strict=True):
         tensor.fill_(value)
     return Snapshot(WeightId(1, version), MANIFEST, held.tensors, buffers=held.buffers)

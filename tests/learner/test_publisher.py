@@ -6,9 +6,9 @@ import pytest
 from publishing import DEADLINE_S, HubThread, MakeLearner, check_holds, engine_process, hub, make_learner, snapshot
 from weight_engine import IN_FLIGHT, PHASES
 
+from slime_async.config.schema import WeightsConfig
 from slime_async.learner.publisher import PublishError
 from slime_async.protocol import GetStatus, RunStatus
-from slime_async.transport.weight_layout import BUFFER_BYTES
 
 __all__ = ["hub", "make_learner"]
 
@@ -42,7 +42,7 @@ def test_weights_go_in_buffers_where_every_engine_takes_them(
     make_learner().publish(0)
     for engine in engines:
         check_holds(engine, 0)
-        assert engine.buffer_bytes == (BUFFER_BYTES if a and b else 0)
+        assert engine.buffer_bytes == (WeightsConfig().buffer_bytes if a and b else 0)
 
 
 def test_a_late_joiner_gets_the_current_version_though_nothing_new_is_published(
