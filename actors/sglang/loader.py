@@ -98,9 +98,15 @@ def receive(model: Any, order: LoadOrder) -> None:
     It is handed to the model as one iterator: each call of ``load_weights`` first looks at all parameters.
     """
     device = next(model.parameters()).device
-    model.load_weights(_arriving(order, device))
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    if device.type != "cuda":
+        model.load_weights(_arriving(order, device))
+        return
+    # Some models load on threads, whose stream is the default one. The scheduler's is another: its work comes first.
+    stream = torch.cuda.default_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        model.load_weights(_arriving(order, device))
+    stream.synchronize()
 
 
 def _arriving(order: LoadOrder, device: torch.device) -> Iterator[tuple[str, Tensor]]:

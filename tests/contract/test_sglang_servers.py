@@ -23,13 +23,16 @@ from slime_async.trajectory import VersionSpan, WeightId
 from tests.contract.reference import (
     NEW,
     OLD,
+    SMALL_BUFFER_BYTES,
     Bench,
     Checkpoints,
     Learner,
     answer_logprobs,
+    ask,
     load_model,
     prompt,
     run,
+    serving,
     tensors_of,
 )
 from tests.contract.servers import CONTEXT, CPU, GPU
@@ -153,3 +156,27 @@ def test_a_server_that_cannot_start_says_why(bench: Bench, checkpoints: Checkpoi
 def test_the_installed_sglangs_arguments_are_known() -> None:
     assert {"tp_size", "mem_fraction_static", "disable_overlap_schedule", "attention_backend"} <= known_arguments()
     assert len(known_arguments()) > 300
+
+
+def test_a_server_of_two_ranks_gets_weights_on_both(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bench.backend == "nccl":
+        pytest.skip("takes two GPUs beside the learner's")
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # a core for each rank; there are but two
+
+    async def test() -> None:
+        ward = Ward(checkpoints(), tmp_path, bench)
+        ward._options["tp_size"] = 2
+        async with serving(ward.make("a/0")) as engine:
+            assert (engine.num_ranks, engine.takes_buffers) == (2, True)
+            for epoch, buffer_bytes in enumerate((0, SMALL_BUFFER_BYTES), 1):
+                seed = epoch % 2
+                async with Learner.joined_by(engine, epoch) as learner:
+                    weights = NEW._replace(version=3 + epoch)
+                    await learner.broadcast(engine, tensors_of(checkpoints(seed=seed)), weights, buffer_bytes)
+                answer = await engine.generate(ask(prompt(9), 12))
+                expected = answer_logprobs(load_model(checkpoints(seed=seed)), prompt(9), answer.output_ids)
+                torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=bench.tolerance, rtol=0)
+
+    run(test())
