@@ -66,6 +66,7 @@ class ScriptedProcess(ScriptedEngine):
 
     engine_id = "scripted"
     num_ranks = 1
+    takes_buffers = False
     weights: WeightId | None = weights(0)
     state = "new"
 

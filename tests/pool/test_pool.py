@@ -78,7 +78,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 def info(engine_id: str) -> EngineInfo:
-    return EngineInfo(engine_id, "a", 1)
+    return EngineInfo(engine_id, "a", 1, takes_buffers=True)
 
 
 def test_requests_go_to_the_least_loaded_engine(checkpoints: Checkpoints) -> None:
