@@ -106,8 +106,10 @@ class Recording(EmbeddedEngine):
 
     received: list[dict[str, Tensor]]
 
-    async def _receive_broadcast(self, manifest: WeightManifest, shares: Sequence[int]) -> dict[str, Tensor]:
-        tensors = await super()._receive_broadcast(manifest, shares)
+    async def _receive_broadcast(
+        self, manifest: WeightManifest, shares: Sequence[int], buffer_bytes: int
+    ) -> dict[str, Tensor]:
+        tensors = await super()._receive_broadcast(manifest, shares, buffer_bytes)
         self.received = [*getattr(self, "received", []), tensors]
         return tensors
 
