@@ -123,5 +123,10 @@ class Trajectory:
 
     def tokens_by_version(self) -> dict[int, int]:
         """Sampled tokens per version, oldest first: all that the staleness bound needs to know."""
-        versions, counts = np.unique(self.token_versions(), return_counts=True)
-        return {int(v): int(c) for v, c in zip(versions, counts, strict=True) if v != NOT_SAMPLED}
+        counts: dict[int, int] = {}
+        ends = [*(span.first_token for span in self.spans[1:]), len(self.loss_mask)]
+        for span, end in zip(self.spans, ends, strict=False):  # without spans there is but an end
+            sampled = int(np.count_nonzero(self.loss_mask[span.first_token : end]))
+            if sampled and span.weights.version != NOT_SAMPLED:
+                counts[span.weights.version] = counts.get(span.weights.version, 0) + sampled
+        return dict(sorted(counts.items()))

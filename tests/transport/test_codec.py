@@ -29,7 +29,7 @@ from slime_async.protocol import (
     Relay,
     Reservation,
 )
-from slime_async.trajectory import TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
+from slime_async.trajectory import NOT_SAMPLED, TaskRef, Trajectory, TrajectoryKey, VersionSpan, WeightId
 from slime_async.transport.buffers import BORROW_FROM_BYTES
 from slime_async.transport.codec import (
     MESSAGE_KINDS,
@@ -44,7 +44,7 @@ from slime_async.transport.codec import (
     encode,
     encode_trajectory,
 )
-from tests.transport.examples import make_trajectory, same, values
+from tests.transport.examples import make_trajectory, same, trajectories, values
 
 
 def over_the_wire(message: Message, **options: Any) -> Message:
@@ -304,3 +304,12 @@ def test_further_calls_of_a_reply_are_checked(also: Any) -> None:
 def test_a_reply_names_all_the_calls_that_it_answers() -> None:
     frames = encode(Delivered("accepted"), call_id=4, reply=True, also=(5, 6))
     assert decode(frames) == Envelope(Delivered("accepted"), 4, True, (5, 6))
+
+
+@given(trajectories())
+def test_tokens_by_version_count_what_each_token_says(trajectory: Trajectory) -> None:
+    versions = trajectory.token_versions()
+    counted = {
+        int(version): int((versions == version).sum()) for version in np.unique(versions[versions != NOT_SAMPLED])
+    }
+    assert list(trajectory.tokens_by_version().items()) == list(counted.items())
