@@ -67,7 +67,7 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
         max_context=config.sampling.max_context_tokens,
         startup_timeout_s=actor.startup_timeout_s,
         stall_timeout_s=actor.engine_stall_timeout_s,
-        buffer_bytes=config.weights.engine_buffer_bytes,
+        call_bytes=config.weights.engine_buffer_bytes,
         api_key=str(keys.get("api_key", "")),
         admin_key=str(keys.get("admin_api_key", "")),
         record_routing=actor.record_routing,
@@ -115,11 +115,11 @@ def server_arguments(
         "stream_interval": features.stream_interval,
         "enable_return_routed_experts": record_routing,
         "disable_overlap_schedule": record_routing and not features.records_overlapped,
-        "custom_weight_loader": [LOADER, *arguments.get("custom_weight_loader", ())],
     }
     ours |= {"load_format": "dummy"} if weights is None else {"weight_version": weight_label(weights)}
-    others = {name: value for name, value in arguments.items() if name != "custom_weight_loader"}
-    return tuple(command_line({**ours, **others}))
+    theirs = arguments.get("custom_weight_loader", [])
+    loaders = [LOADER, *(theirs if isinstance(theirs, list) else [theirs])]
+    return tuple(command_line({**ours, **arguments, "custom_weight_loader": loaders}))
 
 
 def check_installed() -> None:

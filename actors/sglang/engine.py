@@ -76,7 +76,7 @@ class SGLangEngine:
         weights: WeightId | None = None,
         startup_timeout_s: float = 600.0,
         stall_timeout_s: float = 120.0,
-        buffer_bytes: int = 8 << 30,
+        call_bytes: int = 8 << 30,
         api_key: str = "",
         admin_key: str = "",
         record_routing: bool = False,
@@ -84,7 +84,7 @@ class SGLangEngine:
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
 
-        Weights that come tensor by tensor do so in calls of at most ``buffer_bytes``. ``record_routing``: answers say
+        Weights that come tensor by tensor do so in calls of at most ``call_bytes``. ``record_routing``: answers say
         which experts they took.
 
         Raises ``ValueError`` for checkpoints that name no vocabulary, for experts to be recorded of a model that has
@@ -103,7 +103,7 @@ class SGLangEngine:
         self._keys = {"api_key": api_key, "admin_key": admin_key}
         self._weights = weights
         self._startup_timeout_s, self._stall_timeout_s = startup_timeout_s, stall_timeout_s
-        self._buffer_bytes = buffer_bytes
+        self._call_bytes = call_bytes
         self._on_busy = on_busy
         self._busy_since: int | None = None
         self._server: ServerProcess | None = None
@@ -161,7 +161,7 @@ class SGLangEngine:
             client,
             self._features,
             self._name,
-            call_bytes=self._buffer_bytes,
+            call_bytes=self._call_bytes,
             ranks=int(info.get("tp_size", 1)),
         )
         self._progress_at = time.monotonic()

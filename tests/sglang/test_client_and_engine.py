@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from slime_async.actors.engine import EngineError, GenerateRequest, PauseMode, SamplingParams
+from slime_async.actors.engines import server_arguments
 from slime_async.actors.sglang.client import EngineRefused
 from slime_async.actors.sglang.loader import LOADER, LoadOrder
 from slime_async.protocol import TensorSpec, WeightGroupSpec, WeightManifest
@@ -116,6 +117,17 @@ def test_a_server_with_our_loader_gets_weights_in_buffers_and_says_what_went_wro
     run(test())
 
 
+@pytest.mark.parametrize("theirs", ["package.load", ["package.load"]], ids=["one", "a list"])
+def test_servers_get_our_loader_beside_those_of_others(
+    theirs: str | list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slime_async.actors.engines.installed_version", lambda: "0.5.23")
+    argv = server_arguments(checkpoint, 32, {"custom_weight_loader": theirs})
+    at = argv.index("--custom-weight-loader")
+    assert argv[at + 1 : at + 3] == (LOADER, "package.load")
+    assert argv.count("--custom-weight-loader") == 1
+
+
 @pytest.mark.parametrize(
     "arguments", [{}, {"custom_weight_loader": ["theirs.load"]}, {"speculative_algorithm": "EAGLE"}]
 )
@@ -204,7 +216,7 @@ def test_weights_beyond_the_servers_buffer_come_in_several_calls_and_the_last_na
     manifest = WeightManifest(tuple(TensorSpec(name, "float32", (2,)) for name in "xyz"))
 
     async def test() -> None:
-        async with serving(checkpoint, buffer_bytes=16) as (server, engine):
+        async with serving(checkpoint, call_bytes=16) as (server, engine):
             await engine.join_weight_group(SPEC, 1)
             await engine.pause(PauseMode.RETRACT)
             await engine.receive_weights(manifest, NEW)
