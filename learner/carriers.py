@@ -73,7 +73,6 @@ class GroupCarrier:
         self._source = GroupSource(0, self._sources, backend, config.timeout_s, address)
         self._others = others
         self._members: tuple[EngineInfo, ...] = ()
-        self._whole_buffers = False
         self._epoch = 0
 
     def connect(self, engines: tuple[EngineInfo, ...]) -> None:
@@ -102,7 +101,6 @@ class GroupCarrier:
             self._answers(forming)
         self._commands.finish(joining)
         self._members = engines
-        self._whole_buffers = all(engine.takes_buffers for engine in engines)
         names = [engine.engine_id for engine in engines]
         log.info("weight groups %s-…-%d: %d sources, engines %s", self._name, self._epoch, self._sources, names)
 
@@ -115,8 +113,8 @@ class GroupCarrier:
         self._answers(waiting)
 
     def send(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Message]:
-        receiving = self._begin_receiving(snapshot, engines)
-        whole = self._whole_buffers
+        whole = all(engine.takes_buffers for engine in engines)
+        receiving = self._begin_receiving(snapshot, engines, whole_buffers=whole)
         sending = [other.send(snapshot.weights, whole_buffers=whole) for other in self._others]
         with self._explained_by(receiving):
             unless: list[Future[Any]] = [*(call for _, call in receiving), *sending]
@@ -138,7 +136,9 @@ class GroupCarrier:
     def _parts(self, snapshot: Snapshot) -> list[WeightManifest]:
         return [snapshot.manifest, *(other.part for other in self._others)]
 
-    def _begin_receiving(self, snapshot: Snapshot, engines: tuple[EngineInfo, ...]) -> list[Call]:
+    def _begin_receiving(
+        self, snapshot: Snapshot, engines: tuple[EngineInfo, ...], *, whole_buffers: bool
+    ) -> list[Call]:
         parts = self._parts(snapshot)
         receiving: list[Call] = []
         for number, lane in enumerate(lanes(engines, self._sources)):
@@ -151,7 +151,7 @@ class GroupCarrier:
                     manifest,
                     snapshot.weights,
                     shares=shares,
-                    buffer_bytes=self._config.buffer_bytes if self._whole_buffers else 0,
+                    buffer_bytes=self._config.buffer_bytes if whole_buffers else 0,
                 )
                 receiving.append(self._commands.begin(engine, command))
         return receiving

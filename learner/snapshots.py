@@ -144,9 +144,8 @@ class Snapshots:
     def fill(self, snapshot: Snapshot, export: Export) -> None:
         """Write the weights as they are now; on CUDA this only queues the work."""
         assert snapshot.filling is not None
-        buffers = next(held for held in self._sets if held.tensors is snapshot.tensors)
-        ends = {count for count, _ in buffers.buffers}
-        places = dict(zip((spec.name for spec in self.manifest.tensors), buffers.tensors, strict=True))
+        ends = {count for count, _ in snapshot.buffers}
+        places = dict(zip((spec.name for spec in self.manifest.tensors), snapshot.tensors, strict=True))
         try:
             for count, _ in enumerate(export(lambda spec: places[spec.name]), 1):
                 if count in ends:

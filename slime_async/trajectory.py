@@ -12,6 +12,7 @@ carries the log-probability the sampler gave it (μ, the behaviour policy) and t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,18 +116,22 @@ class Trajectory:
     def token_versions(self) -> NDArray[np.int64]:
         """[T], the version that sampled each token, ``NOT_SAMPLED`` where none did."""
         versions = np.full(len(self.token_ids), NOT_SAMPLED, dtype=np.int64)
-        for i, span in enumerate(self.spans):
-            end = self.spans[i + 1].first_token if i + 1 < len(self.spans) else len(versions)
-            versions[span.first_token : end] = span.weights.version
+        for version, tokens in self._stretches():
+            versions[tokens] = version
         versions[self.loss_mask == 0] = NOT_SAMPLED
         return versions
 
     def tokens_by_version(self) -> dict[int, int]:
         """Sampled tokens per version, oldest first: all that the staleness bound needs to know."""
         counts: dict[int, int] = {}
-        ends = [*(span.first_token for span in self.spans[1:]), len(self.loss_mask)]
-        for span, end in zip(self.spans, ends, strict=False):  # without spans there is but an end
-            sampled = int(np.count_nonzero(self.loss_mask[span.first_token : end]))
-            if sampled and span.weights.version != NOT_SAMPLED:
-                counts[span.weights.version] = counts.get(span.weights.version, 0) + sampled
+        for version, tokens in self._stretches():
+            sampled = int(np.count_nonzero(self.loss_mask[tokens]))
+            if sampled and version != NOT_SAMPLED:
+                counts[version] = counts.get(version, 0) + sampled
         return dict(sorted(counts.items()))
+
+    def _stretches(self) -> Iterator[tuple[int, slice]]:
+        """Which tokens stand under which version, those that nobody sampled among them."""
+        for i, span in enumerate(self.spans):
+            end = self.spans[i + 1].first_token if i + 1 < len(self.spans) else len(self.token_ids)
+            yield span.weights.version, slice(span.first_token, end)
