@@ -71,6 +71,8 @@ def _sglang(config: Config, log_directory: Path, recorder: SpanRecorder) -> list
         api_key=str(keys.get("api_key", "")),
         admin_key=str(keys.get("admin_api_key", "")),
         record_routing=actor.record_routing,
+        prefill_fraction=actor.prefill_fraction,
+        prefill_wait_s=actor.prefill_wait_s,
         on_busy=lambda start_ns, end_ns: recorder.add("generate", start_ns, end_ns),
     )
 

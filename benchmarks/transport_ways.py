@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +45,8 @@ from slime_async.transport.stream import new_socket
 
 SPAWN = multiprocessing.get_context("spawn")
 WAIT_S = 60.0
+START_S = 60.0
+"""For a process to import what it needs and to connect"""
 TOKEN_BYTES = 9
 """Of a plain trajectory: an id, a mask entry and a log-probability"""
 PLAIN_BYTES = 256 << 10
@@ -92,34 +96,47 @@ class Way:
     """A receiver and a sender in processes of their own, idle between ``run`` s."""
 
     def __init__(self, receive: Callable[..., None], send: Callable[..., None], *shared: Any) -> None:
-        self._ready, receiver_end = SPAWN.Pipe()
-        self._control, sender_end = SPAWN.Pipe()
-        self._receiver = SPAWN.Process(target=as_ours_do, args=(receive, receiver_end, *shared), daemon=True)
-        self._receiver.start()
-        address = self._hear(self._ready)
-        self._sender = SPAWN.Process(target=as_ours_do, args=(send, sender_end, address, *shared), daemon=True)
-        self._sender.start()
-        assert self._hear(self._control) == "ready"
+        self._processes: list[SpawnProcess] = []
+        address = self._hear(self._start(receive, *shared), START_S)
+        self._control = self._start(send, address, *shared)
+        assert self._hear(self._control, START_S) == "ready"
 
     def run(self, size_bytes: int, seconds: float) -> Slice:
         before = self._cpu_s()
         self._control.send((size_bytes, seconds))
-        messages, elapsed_s = self._hear(self._control)
+        messages, elapsed_s = self._hear(self._control, seconds + WAIT_S)
         return Slice(messages, elapsed_s, self._cpu_s() - before)
 
     def close(self) -> None:
-        for process in (self._sender, self._receiver):
+        for process in self._processes:
             process.kill()
             process.join()
 
-    def _cpu_s(self) -> float:
-        return sum(cpu_s(process.pid) for process in (self._sender, self._receiver) if process.pid)
+    def _start(self, work: Callable[..., None], *arguments: Any) -> Connection:
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(
+            target=as_ours_do, args=(work, theirs, *arguments), name=f"process of {work.__name__}", daemon=True
+        )
+        self._processes.append(process)
+        process.start()
+        theirs.close()  # the end of the process is then the end of the pipe
+        return ours
 
-    @staticmethod
-    def _hear(pipe: Connection) -> Any:
-        if not pipe.poll(4 * WAIT_S):
-            raise TimeoutError("a benchmark's process said nothing")
-        return pipe.recv()
+    def _cpu_s(self) -> float:
+        return sum(cpu_s(process.pid) for process in self._processes if process.pid)
+
+    def _hear(self, pipe: Connection, timeout_s: float) -> Any:
+        """What the latest process says next. Raises when one died, or says nothing in time."""
+        deadline = time.monotonic() + timeout_s
+        while not pipe.poll(1.0):
+            if dead := [p for p in self._processes if not p.is_alive()]:
+                raise RuntimeError(f"{dead[0].name} ended, exit code {dead[0].exitcode}: its traceback is above")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._processes[-1].name} said nothing within {timeout_s:g} s")
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self._processes[-1].name} ended: its traceback is above") from None
 
 
 def as_ours_do(work: Callable[..., None], *arguments: Any) -> None:
@@ -255,7 +272,10 @@ def send_raw(control: Connection, address: str, keys: Path | None, connections: 
             send(sockets[i % connections], body)
         under_way = window
         while under_way:
-            for socket, _ in poller.poll(int(WAIT_S * 1000)):
+            ready = poller.poll(int(WAIT_S * 1000))
+            if not ready:
+                raise TimeoutError(f"{under_way} messages were not acknowledged within {WAIT_S:g} s")
+            for socket, _ in ready:
                 socket.recv_multipart()
                 sent += 1
                 if time.monotonic() < begun + seconds:
@@ -269,6 +289,10 @@ def send_raw(control: Connection, address: str, keys: Path | None, connections: 
 
 
 def receive_http(ready: Connection) -> None:
+    class LocalServer(HTTPServer):
+        def server_bind(self) -> None:
+            TCPServer.server_bind(self)  # HTTPServer's asks name servers for the host's name, and may wait for them
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
@@ -285,8 +309,8 @@ def receive_http(ready: Connection) -> None:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    ready.send(server.server_port)
+    server = LocalServer(("127.0.0.1", 0), Handler)
+    ready.send(server.server_address[1])
     server.serve_forever()
 
 

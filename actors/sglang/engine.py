@@ -2,9 +2,10 @@
 
 ::
 
-    generate ─► gate ─► /generate (streamed) ─► chunk, chunk … ─► answer
-                 │ closed while paused and while there are no weights: what is sent under one cache key is
-                 │ computed with that key's weights, save what waits in the server when they change
+    generate ─► door ─► gate ─► /generate (streamed) ─► chunk, chunk … ─► answer
+                 │       │ closed while paused and while there are no weights: what is sent under one cache key is
+                 │       │ computed with that key's weights, save what waits in the server when they change
+                 │ requests enter in bunches, because a prefill holds up everything that decodes
     pause(in_place, retract) ─► gate closes ─► /pause_generation
     pause(abort)             ─► gate closes ─► /abort_request until nothing runs ─► /pause_generation
 
@@ -35,6 +36,7 @@ from slime_async.actors.engine import (
 )
 from slime_async.actors.sglang.answers import Answer
 from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body
+from slime_async.actors.sglang.door import Door
 from slime_async.actors.sglang.loader import LOADER
 from slime_async.actors.sglang.model import ModelFacts
 from slime_async.actors.sglang.routing import REMEDY
@@ -80,12 +82,15 @@ class SGLangEngine:
         api_key: str = "",
         admin_key: str = "",
         record_routing: bool = False,
+        prefill_fraction: float = 0.0,
+        prefill_wait_s: float = 0.0,
         on_busy: BusySpan | None = None,
     ) -> None:
         """With ``weights`` the server's own are served under that name; without, the first broadcast's.
 
         Weights that come tensor by tensor do so in calls of at most ``call_bytes``. ``record_routing``: answers say
-        which experts they took.
+        which experts they took. Requests wait for others to enter with, ``prefill_fraction`` of those that the server
+        has, but not for longer than ``prefill_wait_s``.
 
         Raises ``ValueError`` for checkpoints that name no vocabulary, for experts to be recorded of a model that has
         none, and unless one of ``launch``, ``url`` is given.
@@ -104,6 +109,7 @@ class SGLangEngine:
         self._weights = weights
         self._startup_timeout_s, self._stall_timeout_s = startup_timeout_s, stall_timeout_s
         self._call_bytes = call_bytes
+        self._door = Door(prefill_fraction, prefill_wait_s)
         self._on_busy = on_busy
         self._busy_since: int | None = None
         self._server: ServerProcess | None = None
@@ -246,10 +252,11 @@ class SGLangEngine:
         room = self._max_context - len(answer.request.prompt_ids)
         limit = min(answer.request.sampling.max_new_tokens, room)
         while True:
-            weights = await self._gate(answer)
-            if weights is None:
-                return answer.generation("abort")
-            reason = await self._submit(answer, weights, limit - len(answer.output_ids))
+            async with self._door.passed():
+                weights = await self._gate(answer)
+                if weights is None:
+                    return answer.generation("abort")
+                reason = await self._submit(answer, weights, limit - len(answer.output_ids))
             if reason != "abort":
                 return answer.generation(reason)
             if len(answer.output_ids) >= limit:
@@ -317,6 +324,8 @@ class SGLangEngine:
         answer.aborted = True
         if answer.submitted:
             await self._abort_in_server(request_id)
+        else:
+            self._door.let_in()
         await self._notify()
 
     async def _abort_in_server(self, request_id: str) -> None:
@@ -433,6 +442,7 @@ class SGLangEngine:
         for answer in self._answers.values():
             if answer.submitted and answer.cutoff is not None and not answer.cutoff.expired():
                 answer.cutoff.reschedule(0)
+        self._door.let_in()
         await self._notify()
 
     def _check_updates(self) -> WeightUpdates:

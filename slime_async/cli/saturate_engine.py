@@ -133,7 +133,15 @@ def make_engine(config: Config, url: str) -> Engine:
 
     checkpoint, context = Path(config.model.path), config.sampling.max_context_tokens
     if url:
-        return SGLangEngine(checkpoint, engine_id="saturated", url=url, max_context=context, weights=WeightId(0, 0))
+        return SGLangEngine(
+            checkpoint,
+            engine_id="saturated",
+            url=url,
+            max_context=context,
+            weights=WeightId(0, 0),
+            prefill_fraction=config.actor.prefill_fraction,
+            prefill_wait_s=config.actor.prefill_wait_s,
+        )
     return EmbeddedEngine(
         checkpoint,
         slots=config.actor.max_running_requests,

@@ -139,6 +139,11 @@ class ActorConfig(Section):
     record_routing: bool = False
     """SGLang servers report which experts each token took, for learner.replay_routing; external ones need
     --enable-return-routed-experts"""
+    prefill_fraction: float = Field(1 / 16, ge=0, le=0.5)
+    """Requests enter an SGLang server in bunches, of this fraction of those in it: each prefill holds up all that
+    decode. 0: each enters at once"""
+    prefill_wait_s: PositiveFloat = 1.0
+    """How long a request waits for others to enter with, at most; less where answers are short"""
     health_interval_s: PositiveFloat = 5.0
     """Between two health checks of each engine"""
     slots: PositiveInt = 128

@@ -2,7 +2,8 @@
 
 Its *position* counts the steps done since it began; a request that entered at position p with n steps to do is done at
 p + n. So nothing has to be said of single tokens: only arrivals, departures, pauses and new weights are events.
-Requests enter between two steps, and what entering costs, everything that runs waits for.
+Requests enter between two steps, and what entering costs, everything that runs waits for. They enter in bunches, by the
+rule of the actors' own door.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 
+from slime_async.bunches import Bunches
 from slime_async.simulate.scenario import EngineModel
 
 STEP_FRACTION = 1e-6
@@ -28,6 +30,8 @@ class Request:
     tokens: float
     begun: float = 0.0
     """The position where it entered"""
+    begun_s: float = 0.0
+    """When that was"""
 
 
 class SimulatedEngine:
@@ -46,7 +50,12 @@ class SimulatedEngine:
         """How many times as long everything takes now"""
         self._time_s = 0.0
         self._ends: list[tuple[float, int, Request]] = []
+        self._bunches = Bunches(model.prefill_fraction, model.prefill_wait_s)
+        self._at_door: list[Request] = []
+        self._let_in_by_s = math.inf
+        """When those that wait at the door have waited long enough"""
         self._waiting: deque[Request] = deque()
+        """Inside, for room"""
         self._versions: list[tuple[float, int]] = []
         """(position, version) from which on tokens come from it"""
         self._count = 0
@@ -73,27 +82,31 @@ class SimulatedEngine:
 
     def submit(self, request: Request, now: float) -> None:
         self._advance(now)
-        if self.running < self._model.max_running:
-            self._enter(request)
-        else:
-            self._waiting.append(request)
+        self._at_door.append(request)
+        self._look()
 
     def next_end_s(self) -> float:
-        """When the next request is done, if nothing else happens."""
+        """When the next request is done, or those that wait have waited long enough, if nothing else happens."""
         if not self.computing:
             return math.inf
         steps = max(0.0, self._ends[0][0] - self._position)
-        return self._time_s + (self._stall_s + steps * self._seconds()) * self.slowdown
+        end_s = self._time_s + (self._stall_s + steps * self._seconds()) * self.slowdown
+        return min(end_s, max(self._time_s, self._let_in_by_s))
 
     def finish(self, now: float) -> list[Request]:
         """Requests that are done by ``now``."""
         self._advance(now)
         done = []
         while self._ends and self._stall_s <= 1e-9 and self._ends[0][0] <= self._position + STEP_FRACTION:
-            done.append(heapq.heappop(self._ends)[2])
+            request = heapq.heappop(self._ends)[2]
+            done.append(request)
+            self._bunches.ended(now - request.begun_s)
             self.epoch += 1
             if self._waiting:
                 self._enter(self._waiting.popleft())
+            self._look()
+        if self._let_in_by_s <= now:
+            self._let_in()
         return done
 
     def use(self, version: int, now: float) -> None:
@@ -111,6 +124,8 @@ class SimulatedEngine:
         self.down = True
         self._ends.clear()
         self._waiting.clear()
+        self._at_door.clear()
+        self._let_in_by_s = math.inf
         self._stall_s = 0.0
         self.epoch += 1
 
@@ -134,9 +149,31 @@ class SimulatedEngine:
                 break
         return found
 
+    def _look(self) -> None:
+        """Let those in that wait at the door, if they are enough."""
+        if not self._at_door:
+            return
+        patience_s = self._bunches.patience_s
+        inside = self.running + len(self._waiting)
+        if self.paused or len(self._at_door) >= self._bunches.size(inside) or patience_s <= 0:
+            self._let_in()
+        elif self._let_in_by_s == math.inf:
+            self._let_in_by_s = self._time_s + patience_s
+            self.epoch += 1
+
+    def _let_in(self) -> None:
+        for request in self._at_door:
+            if self.running < self._model.max_running:
+                self._enter(request)
+            else:
+                self._waiting.append(request)
+        self._at_door.clear()
+        self._let_in_by_s = math.inf
+
     def _enter(self, request: Request) -> None:
         model = self._model
         request.begun = float(math.ceil(self._position - STEP_FRACTION))
+        request.begun_s = self._time_s
         if model.prefills:
             self._stall_s += model.request_s + (model.prefill_s if request.begun != self._filled_at else 0.0)
             self._filled_at = request.begun

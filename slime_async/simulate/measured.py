@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slime_async.bench.saturated import EngineRate, SaturatedEngine, interpolate
+from slime_async.bunches import Bunches
 from slime_async.simulate.cluster import simulate
 from slime_async.simulate.scenario import EngineModel, LearnerModel, LengthModel, Scenario
 
@@ -58,7 +59,9 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
             devices=row["engine_ranks"],
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
             beside=_engine_beside(saturated, full, len(learners), colocated),
-            **_decoding(engine, full, waits="tool_median_s" in arguments),
+            prefill_fraction=_prefill_fraction(config),
+            prefill_wait_s=config.get("actor.prefill_wait_s", 1.0),
+            **_decoding(engine, full, _prefill_fraction(config), waits="tool_median_s" in arguments),
         ),
         learner=LearnerModel(
             devices=len(learners),
@@ -77,7 +80,12 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     )
 
 
-def _decoding(engine: SaturatedEngine, full: EngineRate, *, waits: bool) -> dict[str, Any]:
+def _prefill_fraction(config: Mapping[str, Any]) -> float:
+    """Only SGLang's requests enter in bunches, and in older results none did."""
+    return float(config.get("actor.prefill_fraction", 0.0)) if config.get("actor.engine") == "sglang" else 0.0
+
+
+def _decoding(engine: SaturatedEngine, full: EngineRate, fraction: float, *, waits: bool) -> dict[str, Any]:
     """Fields of ``EngineModel``. Two lengths of a burst tell a decoding step, in which nothing enters; what a token
     takes longer in an engine that is kept full, at each of several levels, is what entering requests cost: so much each
     time that any enter, and so much for each of them. Where episodes wait for environments (``waits``), only the full
@@ -94,7 +102,8 @@ def _decoding(engine: SaturatedEngine, full: EngineRate, *, waits: bool) -> dict
     delivering_s = engine.tokens_per_request * (1 / full.tokens_per_s - engine.step_s(full.running) / full.running)
     for rate in (full,) if waits else (*engine.rates[1:-1], full):
         entering = rate.running / decoded  # requests per step
-        shares.append((1 - math.exp(-entering)) / entering)  # prefills per request, where arrivals are independent
+        alone = (1 - math.exp(-entering)) / entering  # prefills per request, where arrivals are independent
+        shares.append(min(alone, 1 / Bunches(fraction, 0.0).size(int(rate.running))))
         spent_s = engine.tokens_per_request / rate.tokens_per_s + (0.0 if rate is full else max(0.0, delivering_s))
         costs.append(max(0.0, spent_s - decoded * interpolate(steps, rate.running) / rate.running))
     prefill_s, request_s = _line(shares, costs)

@@ -37,6 +37,10 @@ class EngineModel(Section):
     """That everything stands still when requests enter, however many enter at the same step"""
     request_s: NonNegativeFloat = 0.0
     """More for each of them. With either, the first token comes of it, without a decoding step"""
+    prefill_fraction: float = Field(0.0, ge=0, le=0.5)
+    """As actor.prefill_fraction: requests enter in bunches of this fraction of those inside"""
+    prefill_wait_s: PositiveFloat = 1.0
+    """As actor.prefill_wait_s"""
     beside: float = Field(1.0, ge=1)
     """How many times as long all of this takes while all other devices compute; in proportion while some do"""
     mean_time_between_failures_s: PositiveFloat | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,6 @@ from tests.sglang.scripted_server import NEW, OLD, ask, event, run, serving
 
 SPEC = WeightGroupSpec("weights-1", 1, "127.0.0.1", 1, 2, "gloo", 0.2)
 MANIFEST = WeightManifest((TensorSpec("x", "float32", (2,)),))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """As much of one as these tests need."""
-    import torch
-    from safetensors.torch import save_file
-
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "max_position_embeddings": 64}))
-    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
-    return tmp_path
 
 
 async def hang(_: web.Request) -> web.StreamResponse:

@@ -43,3 +43,48 @@ def test_a_slower_machine_delays_what_is_left() -> None:
     assert simulated.next_end_s() == pytest.approx(2 * STEP_S + 1.5 * 2 * STEP_S)
     simulated.pause(2 * STEP_S, True)
     assert simulated.next_end_s() == math.inf
+
+
+def crowded(*, wait_s: float) -> SimulatedEngine:
+    """Eight run, none of which ends soon; one has run, which says how long others may wait."""
+    simulated = engine(prefill_fraction=0.25, prefill_wait_s=wait_s)
+    simulated.submit(Request(0, 10.0), 0.0)
+    simulated.finish(10 * STEP_S)
+    for episode in range(8):
+        simulated.submit(Request(episode, 10.0 if episode == 0 else 50.0), 10 * STEP_S)
+    assert simulated.running == 8
+    return simulated
+
+
+def test_requests_enter_in_bunches_as_at_an_actors_door() -> None:
+    simulated = crowded(wait_s=60.0)
+    simulated.submit(Request(8, 50.0), 16 * STEP_S)
+    assert simulated.running == 8
+    simulated.submit(Request(9, 50.0), 16 * STEP_S)
+    assert simulated.running == 10
+    simulated.submit(Request(10, 50.0), 16 * STEP_S)
+    assert simulated.running == 10
+    assert len(simulated.finish(simulated.next_end_s())) == 1  # nine are left, of which a quarter is two
+    assert simulated.running == 9
+    simulated.submit(Request(11, 50.0), 20 * STEP_S)
+    assert simulated.running == 11
+
+
+@pytest.mark.parametrize(("wait_s", "waited_s"), [(2 * STEP_S, 2 * STEP_S), (60.0, 2 * 0.25 * 10 * STEP_S)])
+def test_a_simulated_request_waits_at_the_door_for_so_long_at_most(wait_s: float, waited_s: float) -> None:
+    simulated = crowded(wait_s=wait_s)
+    simulated.submit(Request(8, 50.0), 10 * STEP_S)
+    assert simulated.next_end_s() == pytest.approx(10 * STEP_S + waited_s)
+    assert simulated.finish(simulated.next_end_s()) == []
+    assert simulated.running == 9
+    assert simulated.next_end_s() == pytest.approx(20 * STEP_S)
+
+
+def test_who_waits_at_the_door_when_weights_change_is_not_forgotten() -> None:
+    simulated = crowded(wait_s=STEP_S)
+    simulated.submit(Request(8, 50.0), 10 * STEP_S)
+    simulated.pause(10 * STEP_S, True)
+    simulated.pause(15 * STEP_S, False)
+    assert simulated.next_end_s() == pytest.approx(15 * STEP_S)
+    simulated.finish(simulated.next_end_s())
+    assert simulated.running == 9
