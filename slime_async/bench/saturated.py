@@ -41,7 +41,7 @@ class SaturatedEngine:
     tokens_per_request: float = 0.0
     """Sampled in one turn; 0 in older results"""
     bursts: tuple[Burst, ...] = ()
-    """Two lengths for each number of requests; older results have none"""
+    """Two lengths for each number of requests, and a third where answers differ much; older results have none"""
 
     @property
     def tokens_per_s(self) -> float:

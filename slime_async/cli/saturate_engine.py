@@ -33,6 +33,8 @@ BURSTS = (1, 8, 32, 128, 384)
 BURST_FRACTION = 0.125
 """Of a measurement's time, for the bursts of one size and length; at least one is made"""
 MAX_BURSTS = 25
+MUCH_LONGER = 1.5
+"""Times as long as the other bursts, from which on the longest answer has bursts of its own"""
 PROMPT_IDS = 10
 """Their prompts are made of the first few ids, which every model has"""
 TOGETHER_TIMEOUT_S = 300.0
@@ -205,10 +207,12 @@ class _Filled:
 
     async def bursts(self, full: int) -> list[Burst]:
         """Of half and of one and a half times the mean answer, after prompts of the mean length: between the two,
-        contexts are as long as they are on average."""
+        contexts are as long as they are on average. And of the longest answer: what longer contexts cost."""
         answer, prompt = self.tokens_per_request, round(mean(self._noted.prompts))
         room = self._config.sampling.max_context_tokens - prompt
-        lengths = max(1, round(answer / 2)), min(room, max(round(answer * 1.5), round(answer / 2) + 4))
+        short, long = max(1, round(answer / 2)), min(room, max(round(answer * 1.5), round(answer / 2) + 4))
+        longest = min(room, max(self._noted.answers))
+        lengths = (short, long, longest) if longest >= MUCH_LONGER * long else (short, long)
         found = []
         for requests in sorted({min(size, full) for size in BURSTS}):
             await self._burst(requests, prompt, 1)  # the first of its size may compile kernels

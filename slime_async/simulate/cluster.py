@@ -60,8 +60,8 @@ class Cluster:
         self._queue = TrajectoryQueue(scenario.limits(), TaskStream({"tasks": 1.0}, shuffle=False))
         self._queue.declare_sources({"tasks": TASKS})
         self._queue.learner_joined(INCARNATION, 0, 0.0)
-        step_s: dict[int, float] = {}
-        self._engines = [SimulatedEngine(scenario.engine, step_s) for _ in range(scenario.engines)]
+        steps: dict[int, tuple[float, float]] = {}
+        self._engines = [SimulatedEngine(scenario.engine, steps) for _ in range(scenario.engines)]
         self._lives = [0] * scenario.engines
         self._slots = {str(index): scenario.slots for index in range(scenario.engines)}
         self._free = [scenario.slots] * scenario.engines

@@ -25,6 +25,9 @@ class Draws:
             self._block = self._draw()
         return self._block.pop()
 
+    def take(self, count: int) -> list[float]:
+        return [self.next() for _ in range(count)]
+
     def mean(self) -> float:
         """Estimated from draws of its own."""
         return float(np.mean(Draws(self._model, 1)._draw()))

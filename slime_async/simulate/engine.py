@@ -1,4 +1,5 @@
-"""An engine in virtual time: all running requests gain a token per step, and a step takes longer the more there are.
+"""An engine in virtual time: all running requests gain a token per step, and a step takes longer the more there are,
+and the longer their contexts have become.
 
 Its *position* counts the steps done since it began; a request that entered at position p with n steps to do is done at
 p + n. So nothing has to be said of single tokens: only arrivals, departures, pauses and new weights are events.
@@ -32,15 +33,16 @@ class Request:
     """The position where it entered"""
     begun_s: float = 0.0
     """When that was"""
+    done: bool = False
 
 
 class SimulatedEngine:
     """One engine. Every method is told the time, which never runs backwards."""
 
-    def __init__(self, model: EngineModel, step_s: dict[int, float]) -> None:
+    def __init__(self, model: EngineModel, steps: dict[int, tuple[float, float]]) -> None:
         self._model = model
-        self._step_s = step_s
-        """Shared by all engines: seconds of a step by running requests"""
+        self._steps = steps
+        """Shared by all engines: ``model.step_by_context`` by running requests"""
         self._position = 0.0
         self._stall_s = 0.0
         """Left of what requests cost that have entered"""
@@ -50,6 +52,10 @@ class SimulatedEngine:
         """How many times as long everything takes now"""
         self._time_s = 0.0
         self._ends: list[tuple[float, int, Request]] = []
+        self._oldest: deque[Request] = deque()
+        """Of an engine that pads: those that run in the order in which they entered, and some that are done"""
+        self._begun_sum = 0.0
+        """Of all that run"""
         self._bunches = Bunches(model.prefill_fraction, model.prefill_wait_s)
         self._at_door: list[Request] = []
         self._let_in_by_s = math.inf
@@ -90,7 +96,8 @@ class SimulatedEngine:
         if not self.computing:
             return math.inf
         steps = max(0.0, self._ends[0][0] - self._position)
-        end_s = self._time_s + (self._stall_s + steps * self._seconds()) * self.slowdown
+        first_s, slope = self._step()
+        end_s = self._time_s + (self._stall_s + steps * (first_s + slope * steps / 2)) * self.slowdown
         return min(end_s, max(self._time_s, self._let_in_by_s))
 
     def finish(self, now: float) -> list[Request]:
@@ -100,6 +107,8 @@ class SimulatedEngine:
         while self._ends and self._stall_s <= 1e-9 and self._ends[0][0] <= self._position + STEP_FRACTION:
             request = heapq.heappop(self._ends)[2]
             done.append(request)
+            request.done = True
+            self._begun_sum -= request.begun
             self._bunches.ended(now - request.begun_s)
             self.epoch += 1
             if self._waiting:
@@ -123,6 +132,8 @@ class SimulatedEngine:
         self._advance(now)
         self.down = True
         self._ends.clear()
+        self._oldest.clear()
+        self._begun_sum = 0.0
         self._waiting.clear()
         self._at_door.clear()
         self._let_in_by_s = math.inf
@@ -178,6 +189,9 @@ class SimulatedEngine:
             self._stall_s += model.request_s + (model.prefill_s if request.begun != self._filled_at else 0.0)
             self._filled_at = request.begun
         self._count += 1
+        if model.pads:
+            self._oldest.append(request)
+        self._begun_sum += request.begun
         heapq.heappush(self._ends, (request.begun + request.tokens - model.prefills, self._count, request))
         self.epoch += 1
 
@@ -186,13 +200,25 @@ class SimulatedEngine:
             done_s = (now - self._time_s) / self.slowdown
             stalled_s = min(done_s, self._stall_s)
             self._stall_s -= stalled_s
-            self._position += (done_s - stalled_s) / self._seconds()
+            first_s, slope = self._step()
+            left_s = done_s - stalled_s
+            # left_s = n first_s + slope n² / 2, solved for n without the difference of near numbers
+            self._position += 2 * left_s / (first_s + math.sqrt(first_s * first_s + 2 * slope * left_s))
             self.busy_s += now - self._time_s
         self._time_s = now
 
-    def _seconds(self) -> float:
+    def _step(self) -> tuple[float, float]:
+        """Seconds of the next step, and how much longer each after it is than the one before."""
         running = len(self._ends)
-        seconds = self._step_s.get(running)
-        if seconds is None:
-            seconds = self._step_s[running] = self._model.step_with(running)
-        return seconds
+        step = self._steps.get(running)
+        if step is None:
+            step = self._steps[running] = self._model.step_by_context(running)
+        bare_s, slope = step
+        return (bare_s + slope * self._context(), slope) if slope else step
+
+    def _context(self) -> float:
+        if not self._model.pads:
+            return max(0.0, self._position - self._begun_sum / len(self._ends))
+        while self._oldest[0].done:
+            self._oldest.popleft()
+        return max(0.0, self._position - self._oldest[0].begun)

@@ -9,14 +9,20 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from slime_async.bench.saturated import EngineRate, SaturatedEngine, interpolate
+from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine
 from slime_async.bunches import Bunches
 from slime_async.simulate.cluster import simulate
+from slime_async.simulate.draws import Draws
 from slime_async.simulate.scenario import EngineModel, LearnerModel, LengthModel, Scenario
 
 FORCED = "slime_async.actors.workloads:"
 """Sources whose lengths the configuration tells; of others, the measured ones are drawn from"""
+AGES_DRAWN = 4096
+"""Lengths from which the ages of running requests are estimated"""
+MOST_OF_CONTEXT = 0.75
+"""Of a step at the mean context, that may be due to context: what a line through noisy bursts may say"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     learners, actors = row["learner_devices"], row["actor_devices"]
     colocated = bool(set(learners) & set(actors))
     arguments = _forced_arguments(config)
+    lengths = _lengths(arguments, result)
     return Scenario(
         name=mode,
         groups=config["batch.groups"],
@@ -61,7 +68,14 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
             beside=_engine_beside(saturated, full, len(learners), colocated),
             prefill_fraction=_prefill_fraction(config),
             prefill_wait_s=config.get("actor.prefill_wait_s", 1.0),
-            **_decoding(engine, full, _prefill_fraction(config), waits="tool_median_s" in arguments),
+            **_decoding(
+                engine,
+                full,
+                _prefill_fraction(config),
+                lengths,
+                waits="tool_median_s" in arguments,
+                pads=config.get("actor.engine") == "embedded",
+            ),
         ),
         learner=LearnerModel(
             devices=len(learners),
@@ -69,7 +83,7 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
             beside=_learner_beside(saturated, len(learners), colocated),
         ),
         colocated=colocated,
-        lengths=_lengths(arguments, result),
+        lengths=lengths,
         turns=int(arguments.get("turns", 1)),
         environment_s=_delays(arguments),
         prompt_tokens=engine.total_tokens_per_sample - engine.tokens_per_sample,
@@ -85,29 +99,72 @@ def _prefill_fraction(config: Mapping[str, Any]) -> float:
     return float(config.get("actor.prefill_fraction", 0.0)) if config.get("actor.engine") == "sglang" else 0.0
 
 
-def _decoding(engine: SaturatedEngine, full: EngineRate, fraction: float, *, waits: bool) -> dict[str, Any]:
-    """Fields of ``EngineModel``. Two lengths of a burst tell a decoding step, in which nothing enters; what a token
-    takes longer in an engine that is kept full, at each of several levels, is what entering requests cost: so much each
-    time that any enter, and so much for each of them. Where episodes wait for environments (``waits``), only the full
-    engine's time tells that: at lower levels it has idle moments. Results without bursts have all of it in the steps.
+def _decoding(
+    engine: SaturatedEngine, full: EngineRate, fraction: float, lengths: LengthModel, *, waits: bool, pads: bool
+) -> dict[str, Any]:
+    """Fields of ``EngineModel``. Two lengths of a burst tell a decoding step, in which nothing enters, and a third what
+    longer contexts cost. What a token takes longer in an engine that is kept full, at each of several levels, is what
+    entering requests cost: so much each time that any enter, and so much for each of them. Where episodes wait for
+    environments (``waits``), only the full engine's time tells that: at lower levels it has idle moments. Results
+    without bursts have all of it in the steps.
     """
     if not engine.bursts:
         return {"step_s": tuple((rate.running, rate.running / rate.tokens_per_s) for rate in engine.rates)}
-    steps = []
-    for requests, bursts in groupby(engine.bursts, lambda burst: burst.requests):
-        short, long = sorted(bursts, key=lambda burst: burst.tokens)
-        steps.append((float(requests), max(0.0, (long.seconds - short.seconds) / (long.tokens - short.tokens))))
+    decoding = EngineModel(pads=pads, **_steps(engine))
     decoded = engine.tokens_per_request - 1  # the first token comes of the prefill
+    drawn = np.sort(Draws(lengths, 0).take(AGES_DRAWN))
     shares, costs = [], []
     delivering_s = engine.tokens_per_request * (1 / full.tokens_per_s - engine.step_s(full.running) / full.running)
     for rate in (full,) if waits else (*engine.rates[1:-1], full):
         entering = rate.running / decoded  # requests per step
         alone = (1 - math.exp(-entering)) / entering  # prefills per request, where arrivals are independent
         shares.append(min(alone, 1 / Bunches(fraction, 0.0).size(int(rate.running))))
+        bare_s, slope = decoding.step_by_context(round(rate.running))
+        step_s = bare_s + slope * steady_context(drawn, rate.running if pads else 1.0)
         spent_s = engine.tokens_per_request / rate.tokens_per_s + (0.0 if rate is full else max(0.0, delivering_s))
-        costs.append(max(0.0, spent_s - decoded * interpolate(steps, rate.running) / rate.running))
+        costs.append(max(0.0, spent_s - decoded * step_s / rate.running))
     prefill_s, request_s = _line(shares, costs)
-    return {"step_s": tuple(steps), "prefill_s": prefill_s, "request_s": request_s}
+    return {
+        "step_s": decoding.step_s,
+        "context": decoding.context,
+        "context_step_s": decoding.context_step_s,
+        "pads": pads,
+        "prefill_s": prefill_s,
+        "request_s": request_s,
+    }
+
+
+def _steps(engine: SaturatedEngine) -> dict[str, Any]:
+    """``step_s``, and where bursts of a third length were made, ``context_step_s``."""
+    steps, slopes, context = [], [], 0.0
+    for requests, group in groupby(engine.bursts, lambda burst: burst.requests):
+        short, long, *longest = sorted(group, key=lambda burst: burst.tokens)
+        step_s, context = _between(short, long)
+        steps.append((float(requests), step_s))
+        for burst in longest:
+            far_s, far = _between(long, burst)
+            most = MOST_OF_CONTEXT * step_s / context
+            slopes.append((float(requests), min(most, max(0.0, (far_s - step_s) / (far - context)))))
+    return {"step_s": tuple(steps), "context_step_s": tuple(slopes), "context": context if slopes else 0.0}
+
+
+def _between(short: Burst, long: Burst) -> tuple[float, float]:
+    """Seconds of a step after those of ``short`` up to those of ``long``, and the mean context there."""
+    step_s = (long.seconds - short.seconds) / (long.tokens - short.tokens)
+    return max(0.0, step_s), (short.tokens + long.tokens) / 2
+
+
+def steady_context(drawn: NDArray[np.float64], running: float) -> float:
+    """The longest context of so many requests that have always been replaced as they ended; of one, the mean context.
+
+    A request that is met has the age x with the density (1 - F(x)) / mean, where F is the distribution of ``drawn``,
+    ascending lengths; and the longest of n is below x with the n-th power of that distribution.
+    """
+    gaps = np.diff(drawn, prepend=0.0)
+    beyond = 1 - np.arange(len(drawn)) / len(drawn)
+    younger = np.cumsum(gaps * beyond) / drawn.mean()
+    before = np.concatenate([[0.0], younger[:-1]])
+    return float(np.sum(gaps * (1 - ((before + younger) / 2) ** running)))
 
 
 def _line(shares: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:

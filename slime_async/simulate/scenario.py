@@ -33,6 +33,12 @@ class EngineModel(Section):
     """Requests decoded at once; more wait"""
     step_s: tuple[tuple[float, float], ...] = ((1.0, 0.006), (128.0, 0.012))
     """(requests, seconds of a decoding step), ascending; between them, and beyond, in a line"""
+    context: NonNegativeFloat = 0.0
+    """Tokens that requests have sampled so far where ``step_s`` holds"""
+    context_step_s: tuple[tuple[float, float], ...] = ()
+    """(requests, seconds that a step takes longer for each token more), ascending; none: context costs nothing"""
+    pads: bool = False
+    """The context is that of the longest request, to which an engine pads the others; else their mean"""
     prefill_s: NonNegativeFloat = 0.0
     """That everything stands still when requests enter, however many enter at the same step"""
     request_s: NonNegativeFloat = 0.0
@@ -54,7 +60,13 @@ class EngineModel(Section):
         return self.prefill_s + self.request_s > 0
 
     def step_with(self, running: int) -> float:
+        """Seconds, where ``step_s`` holds."""
         return max(1e-9, interpolate(self.step_s, float(running)))
+
+    def step_by_context(self, running: int) -> tuple[float, float]:
+        """Seconds of a step without any context, and more for each token of it."""
+        slope = max(0.0, interpolate(self.context_step_s, float(running))) if self.context_step_s else 0.0
+        return max(1e-9, self.step_with(running) - slope * self.context), slope
 
 
 class LearnerModel(Section):

@@ -88,3 +88,26 @@ def test_who_waits_at_the_door_when_weights_change_is_not_forgotten() -> None:
     assert simulated.next_end_s() == pytest.approx(15 * STEP_S)
     simulated.finish(simulated.next_end_s())
     assert simulated.running == 9
+
+
+@pytest.mark.parametrize(("pads", "context"), [(True, 40.0), (False, 20.0)])
+def test_a_step_takes_longer_with_the_context_of_the_longest_or_the_mean_request(pads: bool, context: float) -> None:
+    slope_s = STEP_S / 100
+    simulated = SimulatedEngine(
+        EngineModel(step_s=((1.0, STEP_S),), context=10.0, context_step_s=((1.0, slope_s),), pads=pads), {}
+    )
+
+    def seconds(first: float, steps: int) -> float:
+        return sum(STEP_S + slope_s * (first + i + 0.5 - 10.0) for i in range(steps))
+
+    simulated.submit(Request(0, 100.0), 0.0)
+    now = seconds(0.0, 40)
+    simulated.submit(Request(1, 20.0), now)
+    assert simulated.next_end_s() == pytest.approx(now + seconds(context, 20))
+    assert len(simulated.finish(simulated.next_end_s())) == 1
+    simulated.submit(Request(2, 1.0), now + seconds(context, 20))
+    begun_s = now + seconds(context, 20)
+    assert simulated.next_end_s() == pytest.approx(begun_s + seconds(60.0 if pads else 30.0, 1))
+    assert len(simulated.finish(simulated.next_end_s())) == 1
+    left_s = simulated.next_end_s() - begun_s - seconds(60.0 if pads else 30.0, 1)
+    assert left_s == pytest.approx(seconds(61.0, 39))

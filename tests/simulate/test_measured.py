@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slime_async.simulate.cluster import simulate
-from slime_async.simulate.measured import scenario_of
+from slime_async.simulate.measured import scenario_of, steady_context
 from slime_async.simulate.scenario import LearnerModel, LengthModel
 from tests.bench.examples import bench_result
 
@@ -46,6 +47,40 @@ def test_bursts_tell_decoding_and_full_engines_what_entering_costs_together_and_
     assert dict(engine.step_s) == pytest.approx({n: step_s(n) for n in (1.0, 8.0, 16.0)})
     assert engine.prefill_s == pytest.approx(PREFILL_S, rel=1e-3)
     assert engine.request_s == pytest.approx(REQUEST_S + EPISODE_S, rel=1e-3)
+
+
+def test_bursts_of_a_third_length_tell_what_longer_contexts_cost() -> None:
+    result, slope_s = measured(), 2e-5
+    bursts = result["saturated"]["engine"]["bursts"]
+    contexts = [(n, 400, 150, 275 - 100) for n in (1, 8, 16)]  # beyond the mean of the first two, where step_s holds
+    bursts += [
+        {
+            "requests": n,
+            "tokens": k,
+            "seconds": PREFILL_S + n * REQUEST_S + (after - 1) * step_s(n) + (k - after) * (step_s(n) + slope_s * more),
+        }
+        for n, k, after, more in contexts
+    ]
+    result["saturated"]["engine"]["bursts"] = sorted(bursts, key=lambda burst: burst["requests"])
+    engine = scenario_of(result, "async-2").engine
+    assert engine.context == 100
+    assert dict(engine.step_s) == pytest.approx({n: step_s(n) for n in (1.0, 8.0, 16.0)})
+    assert dict(engine.context_step_s) == pytest.approx(dict.fromkeys((1.0, 8.0, 16.0), slope_s))
+
+
+@pytest.mark.parametrize("running", [1.0, 4.0, 64.0])
+def test_the_longest_of_requests_that_are_replaced_as_they_end_is_that_of_a_simulation(running: float) -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(np.exp(rng.normal(3.0, 0.9, 4096)), 100.0)
+    ages = np.zeros(int(running))
+    ends = rng.choice(lengths, int(running))
+    longest = []
+    for _ in range(40_000):
+        ages += 1
+        ended = ages >= ends
+        ages[ended], ends[ended] = 0, rng.choice(lengths, int(ended.sum()))
+        longest.append(ages.max())
+    assert steady_context(np.sort(lengths), running) == pytest.approx(float(np.mean(longest[2000:])), rel=0.06)
 
 
 def test_a_simulated_full_engine_is_as_fast_as_the_measured_one() -> None:
