@@ -42,7 +42,7 @@ from benchmarks.transport_ways import (
 )
 
 SIZES = {"64kib": 64 << 10, "1mib": 1 << 20, "16mib": 16 << 20}
-FAST = ("ours", "raw", "ours, CURVE", "raw, CURVE")
+FAST = ("ours", "raw", "raw, arrays", "ours, CURVE", "raw, CURVE")
 SLOW = ("ours, CURVE ×4", "queue", "http")
 """Measured in fewer slices"""
 SLOW_REPEATS = 3
@@ -55,6 +55,7 @@ def open_ways(stack: ExitStack, keys: Path, names: Sequence[str]) -> dict[str, W
     arguments: dict[str, tuple[Any, ...]] = {
         "ours": (receive_ours, send_ours, None),
         "raw": (receive_raw, send_raw, None),
+        "raw, arrays": (receive_raw, send_raw, None, True),
         "ours, CURVE": (receive_ours, send_ours, keys),
         "raw, CURVE": (receive_raw, send_raw, keys),
         "ours, CURVE ×4": (receive_ours, send_ours, keys, 4),
@@ -98,6 +99,8 @@ def figures(measured: Mapping[str, Slices], rows: Sequence[Mapping[str, Any]]) -
         "gbps_over_raw_1mib": ("1mib", "ours", "raw"),
         "gbps_over_raw_16mib": ("16mib", "ours", "raw"),
         "messages_over_raw_64kib": ("64kib", "ours", "raw"),
+        "gbps_over_raw_arrays_1mib": ("1mib", "ours", "raw, arrays"),
+        "messages_over_raw_arrays_64kib": ("64kib", "ours", "raw, arrays"),
         "curve_over_raw_curve_1mib": ("1mib", "ours, CURVE", "raw, CURVE"),
         "over_queue_64kib": ("64kib", "ours", "queue"),
         "over_queue_1mib": ("1mib", "ours", "queue"),

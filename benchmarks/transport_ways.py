@@ -2,8 +2,9 @@
 
 In every way the receiver acknowledges each trajectory, the sender has at most ``window`` of them unacknowledged, and
 the receiver ends with arrays that can be computed with. Raw pyzmq gets the socket options of our streams (high-water
-marks, one DEALER, one ROUTER, large frames borrowed) and the bytes of a trajectory in one piece, behind a frame in the
-place of a header; it has neither codec nor checks nor event loop.
+marks, one DEALER, one ROUTER, large frames borrowed) and the bytes of a trajectory in one piece that was made
+beforehand, behind a frame in the place of a header; as "raw, arrays", its arrays, a frame each. It has neither codec
+nor checks nor event loop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -28,7 +29,7 @@ import zmq
 
 from slime_async.protocol import Deliver, Delivered, Hello, Message, Welcome
 from slime_async.trajectory import TaskRef, Trajectory, VersionSpan, WeightId
-from slime_async.transport.buffers import BORROW_FROM_BYTES
+from slime_async.transport.buffers import BORROW_FROM_BYTES, size_of
 from slime_async.transport.client import HubClient
 from slime_async.transport.codec import DEFAULT_LIMITS
 from slime_async.transport.memory import keep_freed_memory
@@ -234,54 +235,52 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
 # -------------------------------------------------------------------------------------------------- raw pyzmq
 
 
-def receive_raw(ready: Connection, keys: Path | None, _: int = 1) -> None:
+def receive_raw(ready: Connection, keys: Path | None, _: bool = False) -> None:
     socket = new_socket(zmq.Context(), zmq.ROUTER, DEFAULT_LIMITS)
     if keys is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, load(keys / "hub.key").secret.encode())
     ready.send(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
     while True:
-        identity, _header, body = socket.recv_multipart(copy=False)
-        np.frombuffer(body.buffer, np.uint8)
+        identity, _header, *bodies = socket.recv_multipart(copy=False)
+        for body in bodies:
+            np.frombuffer(body.buffer, np.uint8)
         socket.send_multipart([identity.bytes, b"ok"])
 
 
-def send_raw(control: Connection, address: str, keys: Path | None, connections: int = 1) -> None:
-    context, sockets, poller = zmq.Context(), [], zmq.Poller()
-    security = keys_in(keys)[1]
-    for _ in range(connections):
-        socket = new_socket(context, zmq.DEALER, DEFAULT_LIMITS)
-        if security is not None:
-            secure_client(socket, security)
-        socket.connect(address)
-        sockets.append(socket)
-        poller.register(socket, zmq.POLLIN)
+def send_raw(control: Connection, address: str, keys: Path | None, apart: bool = False) -> None:
+    """``apart``: each array is a frame of its own."""
+    socket, poller = new_socket(zmq.Context(), zmq.DEALER, DEFAULT_LIMITS), zmq.Poller()
+    if (security := keys_in(keys)[1]) is not None:
+        secure_client(socket, security)
+    socket.connect(address)
+    poller.register(socket, zmq.POLLIN)
     control.send("ready")
     header = bytes(300)
     while True:
         size_bytes, seconds = control.recv()
-        body = b"".join(columns_of(trajectory_of(size_bytes)).values())
-        window = max(window_of(size_bytes), connections)
-        begun, sent, under_way = time.monotonic(), 0, 0
+        arrays = [array.data for array in columns_of(trajectory_of(size_bytes)).values()]
+        *others, last = arrays if apart else [b"".join(arrays)]
+        under_way = window_of(size_bytes)
+        begun, sent = time.monotonic(), 0
 
-        def send(socket: zmq.Socket[bytes], body: bytes) -> None:
+        def send(last: bytes | memoryview, others: Sequence[bytes | memoryview]) -> None:
             socket.send(header, zmq.SNDMORE)
-            socket.send(body, copy=len(body) < BORROW_FROM_BYTES, track=False)
+            for body in others:
+                socket.send(body, zmq.SNDMORE, copy=size_of(body) < BORROW_FROM_BYTES, track=False)
+            socket.send(last, copy=size_of(last) < BORROW_FROM_BYTES, track=False)
 
-        for i in range(window):
-            send(sockets[i % connections], body)
-        under_way = window
+        for _ in range(under_way):
+            send(last, others)
         while under_way:
-            ready = poller.poll(int(WAIT_S * 1000))
-            if not ready:
+            if not poller.poll(int(WAIT_S * 1000)):
                 raise TimeoutError(f"{under_way} messages were not acknowledged within {WAIT_S:g} s")
-            for socket, _ in ready:
-                socket.recv_multipart()
-                sent += 1
-                if time.monotonic() < begun + seconds:
-                    send(socket, body)
-                else:
-                    under_way -= 1
+            socket.recv_multipart()
+            sent += 1
+            if time.monotonic() < begun + seconds:
+                send(last, others)
+            else:
+                under_way -= 1
         control.send((sent, time.monotonic() - begun))
 
 
