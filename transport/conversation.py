@@ -18,7 +18,7 @@ from typing import Any
 from slime_async.protocol import Delivered, ErrorReply, Message
 from slime_async.transport.codec import SHARED_CALLS, Buffer, Envelope, Limits, decode, encode
 from slime_async.transport.errors import BadMessage, ConnectionLost, DeadlineExceeded, RemoteError
-from slime_async.transport.stream import Outbox
+from slime_async.transport.stream import Outbox, Outgoing
 
 NOT_CONNECTED = "NotConnected"
 """Code of the ``ErrorReply`` to whoever was not welcomed, or is no longer"""
@@ -55,11 +55,14 @@ class _Call:
 
 @dataclass(slots=True)
 class _Acknowledgement:
-    """The latest one. While it waits in the outbox, equal ones join it, so that they are one message."""
+    """A message that answers all calls which it names when it leaves: equal ones that come meanwhile join it."""
 
     reply: Delivered
     calls: list[int]
-    frames: list[Buffer]
+
+    def __call__(self) -> Sequence[Buffer]:
+        first, *others = self.calls
+        return encode(self.reply, call_id=first, reply=True, also=others)
 
 
 @dataclass(slots=True)
@@ -112,6 +115,7 @@ class Conversation:
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
         self._acknowledgement: _Acknowledgement | None = None
+        """The latest"""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed: Exception | None = None
 
@@ -166,9 +170,9 @@ class Conversation:
         self._put(encode(message, limits=self._limits))
         return True
 
-    def _put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
+    def _put(self, message: Outgoing) -> asyncio.Future[None]:
         self._traffic.messages_out += 1
-        return self.outbox.put(frames)
+        return self.outbox.put(message)
 
     def _count_blocked(self, messages: int) -> None:
         self._traffic.blocked += messages
@@ -257,30 +261,30 @@ class Conversation:
 
     def _reply(self, reply: Message, call_id: int) -> None:
         """To a call, or about a note (``call_id`` 0). Where there is no room, it waits in the outbox."""
-        if self._closed is not None or (type(reply) is Delivered and self._joined(reply, call_id)):
+        if self._closed is not None:
+            return
+        if type(reply) is Delivered and call_id:
+            self._acknowledge(reply, call_id)
             return
         is_reply = call_id != 0
         try:
             frames = encode(reply, call_id=call_id, reply=is_reply, limits=self._limits)
         except BadMessage as bad:
             frames = encode(error_reply(bad), call_id=call_id, reply=is_reply)
-        if type(reply) is Delivered and is_reply:
-            self._acknowledgement = _Acknowledgement(reply, [call_id], frames)
         self._put(frames)
 
-    def _joined(self, reply: Delivered, call_id: int) -> bool:
-        """Whether an equal acknowledgement still waits, last, and took this call in."""
+    def _acknowledge(self, reply: Delivered, call_id: int) -> None:
+        """In one message with those before it, while that waits, last."""
         latest = self._acknowledgement
-        if latest is None or not call_id or latest.reply != reply or not self.outbox.ends_with(latest.frames):
-            return False
-        if len(latest.calls) >= SHARED_CALLS:
-            return False
-        first, *others = calls = [*latest.calls, call_id]
-        latest.frames[:] = encode(reply, call_id=first, reply=True, also=others, limits=self._limits)
-        latest.calls = calls
-        if len(latest.calls) == SHARED_CALLS and not self.outbox.blocked:
-            self.outbox.flush()  # the other side goes on with these
-        return True
+        if latest is None or latest.reply != reply or not self.outbox.ends_with(latest):
+            self._acknowledgement = latest = _Acknowledgement(reply, [call_id])
+            self._put(latest)
+            return
+        latest.calls.append(call_id)
+        if len(latest.calls) == SHARED_CALLS:
+            self._acknowledgement = None
+            if not self.outbox.blocked:
+                self.outbox.flush()  # the other side goes on with these
 
     # ---------------------------------------------------------------------------------------------- ends
 

@@ -200,6 +200,10 @@ class Stream:
             self.socket.close(linger=int(linger_s * 1000))
 
 
+Outgoing = Sequence[Buffer] | Callable[[], Sequence[Buffer]]
+"""Frames, or what makes them once they leave: such a message may change while it waits"""
+
+
 class Outbox:
     """Messages to one peer, in order, until they are with ZeroMQ. Its users bound how many.
 
@@ -217,7 +221,7 @@ class Outbox:
         self._send = send
         self._flush_soon = flush_soon
         self._on_blocked = on_blocked
-        self._waiting: deque[tuple[Sequence[Buffer], asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
         self._blocked = 0
         """Of the first that wait, how many have found no room"""
         self._progress_at = 0.0
@@ -225,17 +229,17 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def ends_with(self, frames: Sequence[Buffer]) -> bool:
-        """Whether this very message is the last that waits: it may still be changed."""
-        return bool(self._waiting) and self._waiting[-1][0] is frames
+    def ends_with(self, message: Outgoing) -> bool:
+        """Whether this very message is the last that waits: what makes its frames may still change."""
+        return bool(self._waiting) and self._waiting[-1][0] is message
 
-    def put(self, frames: Sequence[Buffer]) -> asyncio.Future[None]:
+    def put(self, message: Outgoing) -> asyncio.Future[None]:
         """A future that is done once the message is sent, or failed. Cancelling it takes the message back."""
         if not self._waiting:
             self._progress_at = time.monotonic()
             self._flush_soon()
         sent = asyncio.get_running_loop().create_future()
-        self._waiting.append((frames, sent))
+        self._waiting.append((message, sent))
         if self._blocked:
             self._blocked += 1
             self._on_blocked(1)
@@ -246,10 +250,10 @@ class Outbox:
     def flush(self) -> None:
         """Send what there is room for; what is lost with the connection stays for ``fail``."""
         while self._waiting:
-            frames, sent = self._waiting[0]
+            message, sent = self._waiting[0]
             if not sent.done():
                 try:
-                    has_room = self._send(frames)
+                    has_room = self._send(message() if callable(message) else message)
                 except ConnectionLost:
                     return  # whoever sends knows, and will see to the peer
                 if not has_room:
