@@ -37,10 +37,8 @@ def measured() -> Iterator[dict[str, Any]]:
         path = RESULTS / name
         if not path.exists():
             continue
-        result = json.loads(path.read_text())
-        for workload, part in result.get("workloads", {"": result}).items():
-            for one in check(part):
-                yield {"result": name, "workload": workload, **one.to_plain()}
+        for one in check(json.loads(path.read_text())):
+            yield {"result": name, **one.to_plain()}
 
 
 def closed_form() -> Iterator[dict[str, Any]]:

@@ -23,16 +23,13 @@ from torch import Tensor
 from slime_async.actors.embedded.decoder import Decoder
 from slime_async.actors.embedded.sampling import sample, uniforms
 from slime_async.actors.engine import GenerateRequest, Generation, PauseMode
+from slime_async.rows import most_rows
 from slime_async.trajectory import VersionSpan, WeightId
 
 NO_TOKEN = -1
 """Fills the stop list of a request that has fewer stop tokens than others"""
 PREFILL_TOKENS = 8192
 """Prompts of equal length are run together up to about this many tokens, which bounds the memory of one prefill."""
-GAP_RATIO = 1.5
-"""Rows computed per running request from which on moving the last one's cache is cheaper than the idle rows."""
-MIN_ROWS = 8
-"""Idle rows not worth a move: so small a batch costs the same with them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -172,7 +169,7 @@ class Scheduler:
 
     def _close_gaps(self) -> None:
         """Move late stragglers to the front: what a step costs follows the number of requests, not the last slot."""
-        while max(self._running, default=0) + 1 > GAP_RATIO * len(self._running) + MIN_ROWS:
+        while max(self._running, default=0) + 1 > most_rows(len(self._running)):
             source, target = max(self._running), heapq.heappop(self._free)
             request = self._running.pop(source)
             self._decoder.move(source, target, self._length(request))

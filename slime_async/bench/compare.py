@@ -21,7 +21,8 @@ MODERATE_STALENESS = 4
 class Ideal:
     """Seconds per batch of each side alone on its devices, for the tokens that a mode trained.
 
-    A learner on more devices than it was measured on is taken to scale perfectly.
+    A learner on more devices than it was measured on is taken to scale perfectly, and either side to be as much faster
+    or slower as its cores were in the mode, where that is known.
     """
 
     generate_s: float
@@ -69,8 +70,8 @@ class Comparison:
     """One engine alone, its actor delivering to a hub"""
     side_by_side: dict[int, SideBySide]
     """By the learner's devices"""
-    engines_together: float | None
-    """Tokens per second of one engine while engines are full on all devices that a colocated mode shares"""
+    engines_together: EngineRate | None
+    """One engine while engines are full on all devices that a colocated mode shares"""
 
     def row(self, mode: str) -> Row:
         return next(row for row in self.rows if row.measurement.mode == mode)
@@ -117,7 +118,7 @@ class Comparison:
                 },
                 "delivering": asdict(self.delivering) if self.delivering is not None else None,
                 "side_by_side": {str(n): both.to_plain() for n, both in self.side_by_side.items()},
-                "engines_together": self.engines_together,
+                "engines_together": asdict(self.engines_together) if self.engines_together is not None else None,
             },
             "lengths": quantiles([n for row in self.rows for n in row.measurement.lengths]),
             "modes": {row.measurement.mode: _plain_row(row) for row in self.rows},
@@ -131,7 +132,7 @@ def compare(
     learners: Mapping[int, SaturatedLearner],
     delivering: EngineRate | None = None,
     side_by_side: Mapping[int, SideBySide] | None = None,
-    engines_together: float | None = None,
+    engines_together: EngineRate | None = None,
 ) -> Comparison:
     """Rows in the order of ``measurements``, each of the mode of its name."""
     by_name = {mode.name: mode for mode in modes}
@@ -153,6 +154,8 @@ def ideal_of(
     computed = sum(window.batch_tokens for window in measured.windows) / steps
     devices = len(mode.learner_devices)
     learner = learners.get(devices) or max(learners.values(), key=lambda one: one.devices)
+    learner = learner.at(measured.speed(mode.learner_devices))
+    engine = engine.at(measured.speed(mode.actor_devices))
     return Ideal(
         generate_s=sampled / (len(mode.actor_devices) * engine.tokens_per_s),
         train_s=computed / (learner.tokens_per_s * devices / learner.devices),

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from slime_async.bench.intervals import same_distribution
@@ -14,6 +15,8 @@ from slime_async.bench.modes import VARIED, Mode, differences
 
 ALARM_P = 0.001
 """Of the two-sample test: with some twenty comparisons of fair modes, one in fifty benchmarks would raise it"""
+SPEED_TOLERANCE = 0.1
+"""By which a mode's cores may differ from the usual: a shared machine is not always as fast"""
 DIGEST_BYTES = 1 << 20
 """Read at a time"""
 
@@ -94,10 +97,23 @@ def check_after(measurements: Sequence[Measurement], failed: Sequence[str] = ())
         ),
     ]
     clauses.append(Clause("every mode ran", not failed, f"failed: {', '.join(failed)}" if failed else "none failed"))
+    if all(m.core_speeds for m in measurements):
+        clauses.append(_equally_fast(measurements))
     servers = sorted({measurement.servers for measurement in measurements} - {""})
     if servers:
         clauses.append(Clause("the same warm servers for all modes", len(servers) == 1, "; ".join(servers)))
     return clauses
+
+
+def _equally_fast(measurements: Sequence[Measurement]) -> Clause:
+    speeds = {m.mode: m.speed(map(int, m.core_speeds)) for m in measurements}
+    usual = median(speeds.values())
+    detail = ", ".join(f"{mode} {speed / usual:.2f}" for mode, speed in speeds.items())
+    return Clause(
+        "the cores were equally fast in all modes",
+        max(abs(speed / usual - 1) for speed in speeds.values()) <= SPEED_TOLERANCE,
+        f"beside their median, of which they may be {SPEED_TOLERANCE:.0%} away: {detail}",
+    )
 
 
 def digest_of(checkpoint: Path) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
 
 from slime_async.bench.modes import Mode
@@ -72,6 +73,12 @@ class Measurement:
     """Of a publication, until nothing ran any more, which only batch boundaries wait for; older results have none"""
     servers: str = ""
     """Which SGLang servers it ran on"""
+    core_speeds: dict[str, float] = field(default_factory=dict)
+    """By device, where devices are CPU cores (``slime_async.bench.speed``)"""
+
+    def speed(self, devices: Iterable[int]) -> float:
+        """Mean over these devices; 0 where nobody looked."""
+        return speed_of(self.core_speeds, devices)
 
     @property
     def samples_per_s(self) -> list[float]:
@@ -95,6 +102,11 @@ class Measurement:
                 },
             }
         )
+
+
+def speed_of(core_speeds: Mapping[str, float], devices: Iterable[int]) -> float:
+    """The mean over these devices of a ``Measurement`` 's speeds; 0 where nobody looked."""
+    return mean(core_speeds[str(device)] for device in devices) if core_speeds else 0.0
 
 
 def measure(run: RunData, mode: Mode, bench: BenchConfig, lengths: Mapping[int, Sequence[int]]) -> Measurement:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from slime_async.bench.speed import times_as_fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,12 @@ class EngineRate:
     running: float
     """Requests that it decoded at once, mean"""
     tokens_per_s: float
+    speed: float = 0.0
+    """Of its cores meanwhile (``slime_async.bench.speed``); 0 where nobody looked, as on GPUs"""
+
+    def at(self, speed: float) -> EngineRate:
+        """As it would be at this speed of its cores."""
+        return replace(self, tokens_per_s=self.tokens_per_s * times_as_fast(speed, self.speed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,12 @@ class Burst:
     """That each samples"""
     seconds: float
     """Until the last is done; the median of several"""
+    speed: float = 0.0
+    """As an ``EngineRate``'s"""
+
+    def at(self, speed: float) -> Burst:
+        """As it would be at this speed of its cores."""
+        return replace(self, seconds=self.seconds / times_as_fast(speed, self.speed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,12 @@ class SaturatedEngine:
     @property
     def tokens_per_s(self) -> float:
         return max(rate.tokens_per_s for rate in self.rates)
+
+    def at(self, speed: float) -> SaturatedEngine:
+        """As it would be at this speed of its cores."""
+        rates = tuple(rate.at(speed) for rate in self.rates)
+        bursts = tuple(burst.at(speed) for burst in self.bursts)
+        return replace(self, rates=rates, bursts=bursts)
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +97,16 @@ class SaturatedLearner:
     """Per batch"""
     batch_tokens: float
     """Per batch, prompts included"""
+    speed: float = 0.0
+    """As an ``EngineRate``'s"""
+
+    def at(self, speed: float) -> SaturatedLearner:
+        """As it would be at this speed of its cores."""
+        return replace(self, batch_s=self.batch_s / times_as_fast(speed, self.speed))
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedLearner:
+        return cls(**{field.name: plain[field.name] for field in fields(cls) if field.name in plain})
 
     @property
     def tokens_per_s(self) -> float:
@@ -93,6 +123,17 @@ class SideBySide:
     engine_tokens_per_s: float
     """Its actor delivering to a hub"""
     learner_tokens_per_s: float
+    engine_speed: float = 0.0
+    learner_speed: float = 0.0
+    """As an ``EngineRate``'s"""
+
+    def at(self, engine_speed: float, learner_speed: float) -> SideBySide:
+        """As it would be at these speeds of their cores."""
+        return replace(
+            self,
+            engine_tokens_per_s=self.engine_tokens_per_s * times_as_fast(engine_speed, self.engine_speed),
+            learner_tokens_per_s=self.learner_tokens_per_s * times_as_fast(learner_speed, self.learner_speed),
+        )
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,11 +12,12 @@ import json
 import platform
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from slime_async.bench.compare import Comparison, compare, table
@@ -25,7 +26,8 @@ from slime_async.bench.measure import Measurement
 from slime_async.bench.modes import Mode, configure, modes_of, on_gpus
 from slime_async.bench.page import write_page
 from slime_async.bench.saturated import EngineRate, SaturatedEngine, SaturatedLearner, SideBySide, rate_between
-from slime_async.cli.bench_run import DeviceLauncher, run_mode
+from slime_async.bench.speed import CoreSpeeds
+from slime_async.cli.bench_run import DeviceLauncher, core_of, run_mode
 from slime_async.cli.common import add_config_argument, config_of
 from slime_async.cli.launcher import RoleCommand
 from slime_async.cli.prepare import prepare_model
@@ -195,7 +197,8 @@ class Bench:
             try:
                 if beside:
                     await self._until(self._directory / LEARNER_READY, training)
-                    [full] = await self._full_engines([self._last_engine()], f"beside-{devices}")
+                    with self._core_speeds(range(devices)) as speeds:
+                        [full] = await self._full_engines([self._last_engine()], f"beside-{devices}")
                     (self._directory / LEARNER_STOP).touch()
                 await training
             finally:
@@ -203,9 +206,11 @@ class Bench:
             (self._directory / "saturated-learner.json").rename(kept)
             if beside:
                 batches = json.loads((self._directory / LEARNER_BATCHES).read_text())
-                learner_rate = rate_between(batches, full["began_s"], full["ended_s"])
-                both.write_text(json.dumps(SideBySide(full["tokens_per_s"], learner_rate).to_plain()))
-        learner = SaturatedLearner(**json.loads(kept.read_text()))
+                began_s, ended_s = full["began_s"], full["ended_s"]
+                learner_rate, learner_speed = rate_between(batches, began_s, ended_s), speeds.between(began_s, ended_s)
+                rates = SideBySide(full["tokens_per_s"], learner_rate, full["speed"], learner_speed)
+                both.write_text(json.dumps(rates.to_plain()))
+        learner = SaturatedLearner.from_plain(json.loads(kept.read_text()))
         self._say(f"a learner on {devices} devices, fed from memory: {learner.tokens_per_s:,.0f} tokens/s")
         if not beside:
             return learner, None
@@ -218,22 +223,23 @@ class Bench:
         path = self._directory / "delivering-engine.json"
         if not path.exists():
             [full] = await self._full_engines([self._last_engine()], "delivering")
-            path.write_text(json.dumps({"running": full["running"], "tokens_per_s": full["tokens_per_s"]}))
+            path.write_text(json.dumps({name: full[name] for name in ("running", "tokens_per_s", "speed")}))
         rate = EngineRate(**json.loads(path.read_text()))
         self._say(f"an engine whose actor delivers to a hub, tokens/s: {rate.tokens_per_s:,.0f}")
         return rate
 
-    async def _engines_together(self) -> float | None:
-        """Tokens per second of one engine while those of the colocated mode are all full; None without that mode."""
+    async def _engines_together(self) -> EngineRate | None:
+        """One engine while those of the colocated mode are all full, their mean; None without that mode."""
         devices = next((mode.actor_devices for mode in self._modes if mode.colocated), ())
         if not devices:
             return None
         path = self._directory / "engines-together.json"
         if not path.exists():
-            rates = [full["tokens_per_s"] for full in await self._full_engines(devices, "together")]
-            path.write_text(json.dumps(sum(rates) / len(rates)))
-        rate = float(json.loads(path.read_text()))
-        self._say(f"{len(devices)} such engines at once, tokens/s: {rate:,.0f} each")
+            fulls = await self._full_engines(devices, "together")
+            means = {name: mean(full[name] for full in fulls) for name in ("running", "tokens_per_s", "speed")}
+            path.write_text(json.dumps(means))
+        rate = EngineRate(**json.loads(path.read_text()))
+        self._say(f"{len(devices)} such engines at once, tokens/s: {rate.tokens_per_s:,.0f} each")
         return rate
 
     async def _full_engines(self, devices: Sequence[int], name: str) -> list[dict[str, float]]:
@@ -269,6 +275,10 @@ class Bench:
             yield address
         finally:
             await launcher.stop()
+
+    def _core_speeds(self, devices: Iterable[int]) -> CoreSpeeds:
+        """Of the cores that these devices are; of none where they are GPUs."""
+        return CoreSpeeds(() if on_gpus(self._config) else map(core_of, devices))
 
     def _last_engine(self) -> int:
         """Its device, on which no learner is where sides are separate."""
@@ -322,8 +332,12 @@ class Bench:
             return Measurement.from_plain(json.loads(path.read_text()))
         servers = await self._quiet_servers()
         urls, identity = (servers.urls, servers.identity) if servers is not None else ({}, "")
-        measurement = await run_mode(self._config, mode, self._directory, urls)
-        measurement = replace(measurement, servers=identity)
+        with self._core_speeds(mode.devices) as watched:
+            measurement = await run_mode(self._config, mode, self._directory, urls)
+        began_s, ended_s = measurement.windows[0].start_s, measurement.windows[-1].end_s
+        cores = {} if on_gpus(self._config) else {str(device): core_of(device) for device in mode.devices}
+        by_device = {device: watched.between(began_s, ended_s, [core]) for device, core in cores.items()}
+        measurement = replace(measurement, servers=identity, core_speeds=by_device)
         path.write_text(json.dumps(measurement.to_plain()), encoding="utf-8")
         speeds = ", ".join(f"{speed:.2f}" for speed in measurement.samples_per_s)
         self._say(f"{mode.name}: {speeds} samples/s")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime_async.bench.saturated import SaturatedLearner
+from slime_async.bench.speed import CoreSpeeds
 from slime_async.cli.saturate_engine import Episode, keep_full, saturate
 from slime_async.config import Config, load_config
 from slime_async.protocol import Batch, Hello, Message, Published
@@ -214,7 +216,7 @@ def saturate_learner(config: Config, directory: Path, beside: bool) -> Saturated
             return 0.0
 
         def log_step(self, step: int, metrics: dict[str, float]) -> None:
-            self.ends.append(time.monotonic())
+            self.ends.append(time.time())
             self.tokens.append(metrics["batch_tokens"])
 
     torch.set_num_threads(config.learner.threads)
@@ -225,18 +227,20 @@ def saturate_learner(config: Config, directory: Path, beside: bool) -> Saturated
     memory = MemoryFeed(config, episodes, vocabulary, directory, beside)
     feed = FromFirstRank(memory, trainer.device)
     checkpointer = Checkpointer(config, trainer, checkpoints, start.incarnation, None, outlet.durable)
-    with closing(SpanRecorder(None, "learner")) as recorder:
+    watched = os.sched_getaffinity(0) if trainer.device.type == "cpu" and dist.get_rank() == 0 else ()
+    with closing(SpanRecorder(None, "learner")) as recorder, CoreSpeeds(watched) as speeds:
         train(config, trainer, feed, outlet, recorder, checkpointer, start)
     if dist.get_rank() != 0:
         return None
     if beside:
         (directory / LEARNER_BATCHES).write_text(json.dumps(list(zip(outlet.ends, outlet.tokens, strict=True))))
     batches = memory.alone - WARMUP_BATCHES
-    seconds = outlet.ends[memory.alone - 1] - outlet.ends[WARMUP_BATCHES - 1]
+    began_s, ended_s = outlet.ends[WARMUP_BATCHES - 1], outlet.ends[memory.alone - 1]
     return SaturatedLearner(
         devices=dist.get_world_size(),
-        batch_s=seconds / batches,
+        batch_s=(ended_s - began_s) / batches,
         batch_tokens=sum(outlet.tokens[WARMUP_BATCHES : memory.alone]) / batches,
+        speed=speeds.between(began_s, ended_s),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 import uuid
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
 from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine
+from slime_async.bench.speed import CoreSpeeds
 from slime_async.config import Config
 from slime_async.protocol import Reservation
 from slime_async.trajectory import TaskRef, Trajectory, WeightId
@@ -72,10 +74,11 @@ async def saturate(config: Config, url: str) -> tuple[SaturatedEngine, list[list
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """A full engine, and when (``time.monotonic``, which all processes of a machine share) it was measured."""
+    """A full engine, and when (``time.time``) it was measured."""
 
     running: float
     tokens_per_s: float
+    speed: float
     began_s: float
     ended_s: float
 
@@ -97,11 +100,12 @@ async def keep_full(config: Config, url: str, hub: str, together: Sequence[Path]
         together[0].touch()
         async with asyncio.timeout(TOGETHER_TIMEOUT_S):
             await _while(working, lambda: all(path.exists() for path in together))
-        rate, began_s, ended_s = await _steady(pool, config.bench.saturated_s)
+        with _speeds(url) as speeds:
+            rate, began_s, ended_s = await _steady(pool, config.bench.saturated_s, speeds)
     finally:
         working.cancel()
         await asyncio.wait({working})
-    return Full(rate.running, rate.tokens_per_s, began_s, ended_s)
+    return Full(rate.running, rate.tokens_per_s, rate.speed, began_s, ended_s)
 
 
 async def _while(working: asyncio.Task[bool], ready: Callable[[], object]) -> None:
@@ -112,16 +116,21 @@ async def _while(working: asyncio.Task[bool], ready: Callable[[], object]) -> No
         await asyncio.sleep(POLL_S)
 
 
-async def _steady(engine: Engine | EnginePool, seconds: float) -> tuple[EngineRate, float, float]:
+def _speeds(url: str) -> CoreSpeeds:
+    """Of the cores of this process; of none where a server computes."""
+    return CoreSpeeds(() if url else os.sched_getaffinity(0))
+
+
+async def _steady(engine: Engine | EnginePool, seconds: float, speeds: CoreSpeeds) -> tuple[EngineRate, float, float]:
     """Tokens per second and running requests after a while at the same load; when this began and ended."""
     await asyncio.sleep(seconds * SETTLE_FRACTION)
-    before, begun = (await engine.status()).generated_tokens, time.monotonic()
+    before, begun = (await engine.status()).generated_tokens, time.time()
     running = []
-    while time.monotonic() - begun < seconds:
+    while time.time() - begun < seconds:
         await asyncio.sleep(POLL_S)
         running.append((await engine.status()).running_requests)
-    tokens, ended = (await engine.status()).generated_tokens - before, time.monotonic()
-    return EngineRate(mean(running), tokens / (ended - begun)), begun, ended
+    tokens, ended = (await engine.status()).generated_tokens - before, time.time()
+    return EngineRate(mean(running), tokens / (ended - begun), speeds.between(begun, ended)), begun, ended
 
 
 def _full(config: Config) -> int:
@@ -181,14 +190,17 @@ class _Filled:
         self._config = config
         self._seconds = config.bench.saturated_s
         self._engine = make_engine(config, url)
+        self._speeds = _speeds(url)
         self._noted = _Noted(self._engine)
         self.player = _Player(config, make_rollout(config, Path(config.model.path), self._noted))
 
     async def __aenter__(self) -> _Filled:
         await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
+        self._speeds.__enter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._speeds.__exit__()
         await self._engine.close()
 
     @property
@@ -199,7 +211,7 @@ class _Filled:
         """At a steady load. The last load's episodes are played to their end: those done first are the short ones."""
         async with asyncio.TaskGroup() as tasks:
             playing = [tasks.create_task(self.player.play()) for _ in range(episodes)]
-            rate, _, _ = await _steady(self._engine, self._seconds)
+            rate, _, _ = await _steady(self._engine, self._seconds, self._speeds)
             self.player.closing = last
             for task in () if last else playing:
                 task.cancel()
@@ -217,10 +229,10 @@ class _Filled:
         for requests in sorted({min(size, full) for size in BURSTS}):
             await self._burst(requests, prompt, 1)  # the first of its size may compile kernels
             for tokens in lengths:
-                begun, seconds = time.monotonic(), [await self._burst(requests, prompt, tokens)]
-                while time.monotonic() - begun < self._seconds * BURST_FRACTION and len(seconds) < MAX_BURSTS:
+                begun, seconds = time.time(), [await self._burst(requests, prompt, tokens)]
+                while time.time() - begun < self._seconds * BURST_FRACTION and len(seconds) < MAX_BURSTS:
                     seconds.append(await self._burst(requests, prompt, tokens))
-                found.append(Burst(requests, tokens, median(seconds)))
+                found.append(Burst(requests, tokens, median(seconds), self._speeds.between(begun, time.time())))
         return found
 
     async def _burst(self, requests: int, prompt: int, tokens: int) -> float:

@@ -49,13 +49,14 @@ def check_benchmark(path: Path, output: Path | None) -> int:
     from slime_async.simulate.measured import check
 
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        checks = check(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not the result of slime-async bench: {error}") from None
-    checks = check(result)
     print("| mode | simulated samples/s | measured | error |\n| --- | --- | --- | --- |")
     for one in checks:
-        print(f"| {one.mode} | {one.predicted:,.4g} | {one.measured:,.4g} | {one.error:.1%} |")
+        print(
+            f"| {f'{one.workload} {one.mode}'.strip()} | {one.predicted:,.4g} | {one.measured:,.4g} | {one.error:.1%} |"
+        )
     if output:
         output.write_text(json.dumps([one.to_plain() for one in checks], indent=1) + "\n", encoding="utf-8")
     return 0

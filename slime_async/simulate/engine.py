@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from slime_async.bunches import Bunches
+from slime_async.rows import most_rows
 from slime_async.simulate.scenario import EngineModel
 
 STEP_FRACTION = 1e-6
@@ -42,7 +43,7 @@ class SimulatedEngine:
     def __init__(self, model: EngineModel, steps: dict[int, tuple[float, float]]) -> None:
         self._model = model
         self._steps = steps
-        """Shared by all engines: ``model.step_by_context`` by running requests"""
+        """Shared by all engines: ``model.step_by_context`` by rows"""
         self._position = 0.0
         self._stall_s = 0.0
         """Left of what requests cost that have entered"""
@@ -56,6 +57,8 @@ class SimulatedEngine:
         """Of an engine that pads: those that run in the order in which they entered, and some that are done"""
         self._begun_sum = 0.0
         """Of all that run"""
+        self._rows = 0
+        """That a step computes: as many as run, and idle ones in an engine that pads"""
         self._bunches = Bunches(model.prefill_fraction, model.prefill_wait_s)
         self._at_door: list[Request] = []
         self._let_in_by_s = math.inf
@@ -110,6 +113,7 @@ class SimulatedEngine:
             request.done = True
             self._begun_sum -= request.begun
             self._bunches.ended(now - request.begun_s)
+            self._count_rows()
             self.epoch += 1
             if self._waiting:
                 self._enter(self._waiting.popleft())
@@ -134,6 +138,7 @@ class SimulatedEngine:
         self._ends.clear()
         self._oldest.clear()
         self._begun_sum = 0.0
+        self._rows = 0
         self._waiting.clear()
         self._at_door.clear()
         self._let_in_by_s = math.inf
@@ -193,7 +198,12 @@ class SimulatedEngine:
             self._oldest.append(request)
         self._begun_sum += request.begun
         heapq.heappush(self._ends, (request.begun + request.tokens - model.prefills, self._count, request))
+        self._count_rows()
         self.epoch += 1
+
+    def _count_rows(self) -> None:
+        running = len(self._ends)
+        self._rows = max(running, min(self._rows, most_rows(running))) if self._model.pads and running else running
 
     def _advance(self, now: float) -> None:
         if self.computing:
@@ -209,10 +219,9 @@ class SimulatedEngine:
 
     def _step(self) -> tuple[float, float]:
         """Seconds of the next step, and how much longer each after it is than the one before."""
-        running = len(self._ends)
-        step = self._steps.get(running)
+        step = self._steps.get(self._rows)
         if step is None:
-            step = self._steps[running] = self._model.step_by_context(running)
+            step = self._steps[self._rows] = self._model.step_by_context(self._rows)
         bare_s, slope = step
         return (bare_s + slope * self._context(), slope) if slope else step
 

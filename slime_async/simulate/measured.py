@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine
+from slime_async.bench.measure import speed_of
+from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine, SaturatedLearner, SideBySide
 from slime_async.bunches import Bunches
 from slime_async.simulate.cluster import simulate
 from slime_async.simulate.draws import Draws
@@ -29,6 +30,8 @@ MOST_OF_CONTEXT = 0.75
 class Check:
     """One mode, simulated and measured."""
 
+    workload: str
+    """Empty where the result has one alone"""
     mode: str
     predicted: float
     """Samples per second"""
@@ -42,14 +45,59 @@ class Check:
         return asdict(self) | {"error": self.error}
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """What each side of one mode reached, alone and beside others, at the speed of its cores in that mode."""
+
+    engine: SaturatedEngine
+    full: EngineRate
+    """With an actor that delivers, where that was measured"""
+    learner: SaturatedLearner | None
+    """On as many devices as in the mode, where that was measured; so is the next"""
+    side_by_side: SideBySide | None
+    together: EngineRate | None
+
+    @classmethod
+    def of(cls, saturated: Mapping[str, Any], devices: int, engine_speed: float, learner_speed: float) -> _Sides:
+        """From a result; ``devices`` are the learner's."""
+        engine = SaturatedEngine.from_plain(saturated["engine"]).at(engine_speed)
+        delivering, together = saturated.get("delivering"), saturated.get("engines_together")
+        if isinstance(together, float):  # of older results
+            together = {"running": 0.0, "tokens_per_s": together}
+        learner = saturated["learner"].get(str(devices))
+        both = saturated.get("side_by_side", {}).get(str(devices))
+        return cls(
+            engine=engine,
+            full=EngineRate(**delivering).at(engine_speed) if delivering else engine.full,
+            learner=SaturatedLearner.from_plain(learner).at(learner_speed) if learner else None,
+            side_by_side=SideBySide(**both).at(engine_speed, learner_speed) if both else None,
+            together=EngineRate(**together).at(engine_speed) if together else None,
+        )
+
+    def engine_beside(self, colocated: bool) -> float:
+        """How many times as long an engine takes beside what else computes; 1 where that was not measured."""
+        if colocated:
+            beside = self.together.tokens_per_s if self.together else 0.0
+        else:
+            beside = self.side_by_side.engine_tokens_per_s if self.side_by_side else 0.0
+        return max(1.0, self.full.tokens_per_s / beside) if beside else 1.0
+
+    def learner_beside(self, colocated: bool) -> float:
+        """The same of the learner; engines that share its devices stand still while it computes."""
+        if colocated or self.side_by_side is None or self.learner is None:
+            return 1.0
+        return max(1.0, self.learner.tokens_per_s / self.side_by_side.learner_tokens_per_s)
+
+
 def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
     """A mode of ``bench.json``, from the rates that each side reached in the same benchmark: alone, and where they were
-    measured, side by side. Of the mode's own run it takes how long publications took."""
-    config, row, saturated = result["config"], result["modes"][mode], result["saturated"]
-    engine = SaturatedEngine.from_plain(saturated["engine"])
-    delivering = saturated.get("delivering")  # alone, with an actor that delivers, where that was measured
-    full = EngineRate(**delivering) if delivering else engine.full
+    measured, side by side; all at the speed that CPU cores had in the mode. Of the mode's own run it takes how long
+    publications took."""
+    config, row = result["config"], result["modes"][mode]
     learners, actors = row["learner_devices"], row["actor_devices"]
+    speeds = row.get("core_speeds", {})
+    sides = _Sides.of(result["saturated"], len(learners), speed_of(speeds, actors), speed_of(speeds, learners))
+    engine, full = sides.engine, sides.full
     colocated = bool(set(learners) & set(actors))
     arguments = _forced_arguments(config)
     lengths = _lengths(arguments, result)
@@ -65,7 +113,7 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         engine=EngineModel(
             devices=row["engine_ranks"],
             max_running=min(config["actor.slots"], config["actor.max_running_requests"]),
-            beside=_engine_beside(saturated, full, len(learners), colocated),
+            beside=sides.engine_beside(colocated),
             prefill_fraction=_prefill_fraction(config),
             prefill_wait_s=config.get("actor.prefill_wait_s", 1.0),
             **_decoding(
@@ -79,8 +127,8 @@ def scenario_of(result: Mapping[str, Any], mode: str) -> Scenario:
         ),
         learner=LearnerModel(
             devices=len(learners),
-            token_s=_token_s(saturated["learner"], row, colocated),
-            beside=_learner_beside(saturated, len(learners), colocated),
+            token_s=_token_s(sides.learner, row, colocated),
+            beside=sides.learner_beside(colocated),
         ),
         colocated=colocated,
         lengths=lengths,
@@ -181,23 +229,6 @@ def _line(shares: Sequence[float], costs: Sequence[float]) -> tuple[float, float
     return float(slope), float(offset)
 
 
-def _engine_beside(saturated: Mapping[str, Any], full: EngineRate, learner_devices: int, colocated: bool) -> float:
-    """How many times as long it takes beside what else computes in its mode; 1 where that was not measured."""
-    if colocated:
-        beside = saturated.get("engines_together")
-    else:
-        beside = saturated.get("side_by_side", {}).get(str(learner_devices), {}).get("engine_tokens_per_s")
-    return max(1.0, full.tokens_per_s / beside) if beside else 1.0
-
-
-def _learner_beside(saturated: Mapping[str, Any], devices: int, colocated: bool) -> float:
-    """The same of the learner; engines that share its devices stand still while it computes."""
-    beside = saturated.get("side_by_side", {}).get(str(devices))
-    if colocated or beside is None:
-        return 1.0
-    return max(1.0, float(saturated["learner"][str(devices)]["tokens_per_s"] / beside["learner_tokens_per_s"]))
-
-
 def _publish_s(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     """Without the wait for running episodes, which the simulation makes itself. Older results have both in one: then
     the shortest publication of the modes that do not wait stands for it."""
@@ -206,20 +237,25 @@ def _publish_s(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     return float(min(other["publish_s"] for other in result["modes"].values()))
 
 
-def _token_s(learners: Mapping[str, Any], row: Mapping[str, Any], colocated: bool) -> float:
+def _token_s(learner: SaturatedLearner | None, row: Mapping[str, Any], colocated: bool) -> float:
     """Alone, as it was measured; on devices that it shares, as it was in the run itself: nobody else computes then."""
-    if str(len(row["learner_devices"])) in learners and not colocated:
-        return float(1 / learners[str(len(row["learner_devices"]))]["tokens_per_s"])
+    if learner is not None and not colocated:
+        return 1 / learner.tokens_per_s
     batches = sum(window["steps"] for window in row["windows"])
     return float(row["train_s"] * batches / sum(window["batch_tokens"] for window in row["windows"]))
 
 
 def check(result: Mapping[str, Any]) -> list[Check]:
-    """Every mode of a benchmark."""
-    return [
-        Check(mode, simulate(scenario_of(result, mode)).samples_per_s, row["samples_per_s"]["mean"])
-        for mode, row in result["modes"].items()
-    ]
+    """Every mode of a benchmark, or of each that a result of several workloads has. Raises ``ValueError`` for what is
+    no such result."""
+    try:
+        return [
+            Check(name, mode, simulate(scenario_of(one, mode)).samples_per_s, row["samples_per_s"]["mean"])
+            for name, one in result.get("workloads", {"": result}).items()
+            for mode, row in one["modes"].items()
+        ]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"lacks what slime-async bench writes: {error!r}") from error
 
 
 def _forced_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

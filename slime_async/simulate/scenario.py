@@ -38,7 +38,8 @@ class EngineModel(Section):
     context_step_s: tuple[tuple[float, float], ...] = ()
     """(requests, seconds that a step takes longer for each token more), ascending; none: context costs nothing"""
     pads: bool = False
-    """The context is that of the longest request, to which an engine pads the others; else their mean"""
+    """The context is that of the longest request, to which an engine pads the others, and rows of requests that have
+    ended are computed on for a while (``slime_async.rows``); else it is their mean, and there are no such rows"""
     prefill_s: NonNegativeFloat = 0.0
     """That everything stands still when requests enter, however many enter at the same step"""
     request_s: NonNegativeFloat = 0.0

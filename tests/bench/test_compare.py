@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,20 @@ def test_steps_between_measured_loads_are_interpolated() -> None:
 def test_quantiles_stand_for_a_distribution() -> None:
     assert quantiles(range(1000), 4) == [125, 375, 625, 875]
     assert quantiles([], 4) == []
+
+
+def test_a_core_that_is_slower_in_one_mode_is_said_and_its_ideal_is_slower_too() -> None:
+    speeds = [{"0": speed, "1": speed} for speed in (4.0, 4.0, 2.0)]
+    measured = [measurement(m, 1.0, core_speeds=s) for m, s in zip(MODES[:3], speeds, strict=True)]
+    [broken] = [clause for clause in check_after(measured) if not clause.holds]
+    assert "equally fast" in broken.text
+    assert "async-2 0.50" in broken.detail
+    assert not [clause for clause in check_after(measured[:2]) if not clause.holds]
+    engine = replace(ENGINE, rates=tuple(replace(rate, speed=4.0) for rate in ENGINE.rates))
+    comparison = compare(MODES, measured, engine, {1: replace(LEARNERS[1], speed=2.0)})
+    ideals = [comparison.row(mode.name).ideal for mode in MODES[:3]]
+    assert [ideal.generate_s for ideal in ideals] == pytest.approx([0.5, 1.0, 2.0])
+    assert [ideal.train_s for ideal in ideals] == pytest.approx([0.2, 0.4, 0.8])
 
 
 def _pairs() -> list[tuple[object, Measurement]]:

@@ -111,3 +111,17 @@ def test_a_step_takes_longer_with_the_context_of_the_longest_or_the_mean_request
     assert len(simulated.finish(simulated.next_end_s())) == 1
     left_s = simulated.next_end_s() - begun_s - seconds(60.0 if pads else 30.0, 1)
     assert left_s == pytest.approx(seconds(61.0, 39))
+
+
+def test_an_engine_that_pads_computes_rows_of_requests_that_have_ended() -> None:
+    model = EngineModel(step_s=((1.0, STEP_S), (101.0, 101 * STEP_S)), pads=True)
+    simulated, now = SimulatedEngine(model, {}), 0.0
+    for episode in range(100):
+        simulated.submit(Request(episode, float(episode + 1)), 0.0)
+    for running in range(100, 0, -1):
+        rows = min(100, 8 + running * 3 // 2)
+        now += rows * STEP_S
+        assert simulated.next_end_s() == pytest.approx(now)
+        assert len(simulated.finish(simulated.next_end_s())) == 1
+    simulated.submit(Request(100, 1.0), now)
+    assert simulated.next_end_s() == pytest.approx(now + STEP_S)

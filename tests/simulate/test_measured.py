@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from slime_async.cli.main import main
 from slime_async.simulate.cluster import simulate
-from slime_async.simulate.measured import scenario_of, steady_context
+from slime_async.simulate.measured import check, scenario_of, steady_context
 from slime_async.simulate.scenario import LearnerModel, LengthModel
 from tests.bench.examples import bench_result
 
@@ -103,6 +106,40 @@ def test_each_mode_is_slowed_by_what_computes_beside_it() -> None:
     separate, shared = scenario_of(result, "async-2"), scenario_of(result, "colocated")
     assert (separate.engine.beside, separate.learner.beside) == pytest.approx((1.5, 2400 / 1200))
     assert (shared.engine.beside, shared.learner.beside) == pytest.approx((1.2, 1.0))
+
+
+def test_rates_are_those_at_the_speed_that_cores_had_in_the_mode() -> None:
+    result = measured()
+    usual = scenario_of(result, "async-2")
+    saturated = result["saturated"]
+    saturated["engine"]["rates"] = [rate | {"speed": 4.0} for rate in saturated["engine"]["rates"]]
+    saturated["engine"]["bursts"] = [burst | {"speed": 4.0} for burst in saturated["engine"]["bursts"]]
+    saturated["delivering"]["speed"] = 4.0
+    saturated["learner"]["1"]["speed"] = 6.0
+    saturated["side_by_side"]["1"] |= {"engine_speed": 4.0, "learner_speed": 6.0}
+    result["modes"]["async-2"]["core_speeds"] = {"0": 3.0, "1": 1.0}
+    slower = scenario_of(result, "async-2")
+    assert slower.learner.token_s == pytest.approx(2 * usual.learner.token_s)
+    assert [s for _, s in slower.engine.step_s] == pytest.approx([4 * s for _, s in usual.engine.step_s])
+    assert slower.engine.request_s == pytest.approx(4 * usual.engine.request_s)
+    assert (slower.engine.beside, slower.learner.beside) == pytest.approx((usual.engine.beside, usual.learner.beside))
+
+
+def test_a_result_of_several_workloads_is_checked_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"workloads": {"short": measured(), "long": measured()}}))
+    assert [one.workload for one in check(json.loads(path.read_text()))] == ["short"] * 3 + ["long"] * 3
+    assert main(["simulate", str(path)]) == 0
+    assert "| long async-2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"modes": 3}', '{"modes": {"colocated": {}}}', "{"])
+def test_what_is_no_result_of_a_benchmark_is_said(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    assert main(["simulate", str(path)]) == 2
 
 
 def test_older_results_give_the_rates_of_each_side_alone() -> None:
