@@ -97,22 +97,29 @@ def check_after(measurements: Sequence[Measurement], failed: Sequence[str] = ())
         ),
     ]
     clauses.append(Clause("every mode ran", not failed, f"failed: {', '.join(failed)}" if failed else "none failed"))
-    if all(m.core_speeds for m in measurements):
-        clauses.append(_equally_fast(measurements))
+    if speeds := relative_speeds(measurements):
+        clauses.append(_equally_fast(speeds))
     servers = sorted({measurement.servers for measurement in measurements} - {""})
     if servers:
         clauses.append(Clause("the same warm servers for all modes", len(servers) == 1, "; ".join(servers)))
     return clauses
 
 
-def _equally_fast(measurements: Sequence[Measurement]) -> Clause:
+def relative_speeds(measurements: Sequence[Measurement]) -> dict[str, float]:
+    """By mode: how fast its cores were beside the median of all modes. Empty where that is not known of each."""
+    if not all(m.core_speeds for m in measurements):
+        return {}
     speeds = {m.mode: m.speed(map(int, m.core_speeds)) for m in measurements}
     usual = median(speeds.values())
-    detail = ", ".join(f"{mode} {speed / usual:.2f}" for mode, speed in speeds.items())
+    return {mode: speed / usual for mode, speed in speeds.items()}
+
+
+def _equally_fast(speeds: Mapping[str, float]) -> Clause:
     return Clause(
         "the cores were equally fast in all modes",
-        max(abs(speed / usual - 1) for speed in speeds.values()) <= SPEED_TOLERANCE,
-        f"beside their median, of which they may be {SPEED_TOLERANCE:.0%} away: {detail}",
+        max(abs(speed - 1) for speed in speeds.values()) <= SPEED_TOLERANCE,
+        f"beside their median, of which they may be {SPEED_TOLERANCE:.0%} away: "
+        + ", ".join(f"{mode} {speed:.2f}" for mode, speed in speeds.items()),
     )
 
 

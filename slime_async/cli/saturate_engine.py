@@ -33,8 +33,8 @@ POLL_S = 0.05
 BURSTS = (1, 8, 32, 128, 384)
 """Requests, up to what the engine decodes at once"""
 BURST_FRACTION = 0.125
-"""Of a measurement's time, for the bursts of one size and length; at least one is made"""
-MAX_BURSTS = 25
+"""Of a measurement's time, for the bursts of one size and length"""
+LEAST_BURSTS, MOST_BURSTS = 2, 25
 MUCH_LONGER = 1.5
 """Times as long as the other bursts, from which on the longest answer has bursts of its own"""
 PROMPT_IDS = 10
@@ -54,12 +54,13 @@ class Episode(NamedTuple):
 async def saturate(config: Config, url: str) -> tuple[SaturatedEngine, list[list[Episode]]]:
     """One engine alone: its rates at several loads, the last beyond what it decodes at once, and its bursts; with the
     complete groups that it played."""
-    async with _Filled(config, url) as filled:
-        full = _full(config)
-        rates = []
-        for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
-            rates.append(await filled.rate(episodes, last=episodes > full))
-        bursts = await filled.bursts(full)
+    with _speeds(url) as speeds:
+        async with _Filled(config, url, speeds) as filled:
+            full = _full(config)
+            rates = []
+            for episodes in sorted({1, max(1, full // 8), max(1, full // 2), int(full * SPARE)}):
+                rates.append(await filled.rate(episodes, last=episodes > full))
+            bursts = await filled.bursts(full)
     groups = filled.player.complete_groups()
     played = [episode for group in groups for episode in group]
     engine = SaturatedEngine(
@@ -184,23 +185,21 @@ class _Noted:
 class _Filled:
     """An engine and who gives it work."""
 
-    def __init__(self, config: Config, url: str) -> None:
+    def __init__(self, config: Config, url: str, speeds: CoreSpeeds) -> None:
         from slime_async.actors.rollout import make_rollout
 
         self._config = config
         self._seconds = config.bench.saturated_s
         self._engine = make_engine(config, url)
-        self._speeds = _speeds(url)
+        self._speeds = speeds
         self._noted = _Noted(self._engine)
         self.player = _Player(config, make_rollout(config, Path(config.model.path), self._noted))
 
     async def __aenter__(self) -> _Filled:
         await asyncio.wait_for(self._engine.start(), self._config.actor.startup_timeout_s)
-        self._speeds.__enter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._speeds.__exit__()
         await self._engine.close()
 
     @property
@@ -230,7 +229,8 @@ class _Filled:
             await self._burst(requests, prompt, 1)  # the first of its size may compile kernels
             for tokens in lengths:
                 begun, seconds = time.time(), [await self._burst(requests, prompt, tokens)]
-                while time.time() - begun < self._seconds * BURST_FRACTION and len(seconds) < MAX_BURSTS:
+                until = begun + self._seconds * BURST_FRACTION
+                while len(seconds) < LEAST_BURSTS or (time.time() < until and len(seconds) < MOST_BURSTS):
                     seconds.append(await self._burst(requests, prompt, tokens))
                 found.append(Burst(requests, tokens, median(seconds), self._speeds.between(begun, time.time())))
         return found
