@@ -2,7 +2,7 @@
 
     python -m benchmarks.sync_async [--workloads short heavy_tailed slow_tools] [--directory DIR] [--out FILE]
 
-A workload that was measured in DIR already is taken over, and so is each of its modes. About twenty minutes on two idle
+A workload that was measured in DIR already is taken over, and so is each of its modes. About half an hour on two idle
 cores. The figures are those of the heavy-tailed workload. (On GPUs: ``scripts/gpu-bench``.)
 """
 

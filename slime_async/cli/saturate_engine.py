@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from slime_async.actors.engine import GenerateRequest, Generation, SamplingParams
 from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine
-from slime_async.bench.speed import CoreSpeeds
+from slime_async.bench.speed import CoreSpeeds, times_as_fast
 from slime_async.config import Config
 from slime_async.protocol import Reservation
 from slime_async.trajectory import TaskRef, Trajectory, WeightId
@@ -32,9 +32,10 @@ SETTLE_FRACTION = 0.5
 POLL_S = 0.05
 BURSTS = (1, 8, 32, 128, 384)
 """Requests, up to what the engine decodes at once"""
-BURST_FRACTION = 0.125
+BURST_FRACTION = 0.2
 """Of a measurement's time, for the bursts of one size and length"""
-LEAST_BURSTS, MOST_BURSTS = 2, 25
+LEAST_ROUNDS, MOST_ROUNDS = 2, 25
+"""In each, a burst of every size and length"""
 MUCH_LONGER = 1.5
 """Times as long as the other bursts, from which on the longest answer has bursts of its own"""
 PROMPT_IDS = 10
@@ -224,16 +225,23 @@ class _Filled:
         short, long = max(1, round(answer / 2)), min(room, max(round(answer * 1.5), round(answer / 2) + 4))
         longest = min(room, max(self._noted.answers))
         lengths = (short, long, longest) if longest >= MUCH_LONGER * long else (short, long)
-        found = []
-        for requests in sorted({min(size, full) for size in BURSTS}):
+        sizes = sorted({min(size, full) for size in BURSTS})
+        for requests in sizes:
             await self._burst(requests, prompt, 1)  # the first of its size may compile kernels
-            for tokens in lengths:
-                begun, seconds = time.time(), [await self._burst(requests, prompt, tokens)]
-                until = begun + self._seconds * BURST_FRACTION
-                while len(seconds) < LEAST_BURSTS or (time.time() < until and len(seconds) < MOST_BURSTS):
-                    seconds.append(await self._burst(requests, prompt, tokens))
-                found.append(Burst(requests, tokens, median(seconds), self._speeds.between(begun, time.time())))
-        return found
+        kinds = [(requests, tokens) for requests in sizes for tokens in lengths]
+        taken: dict[tuple[int, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
+        begun = time.time()
+        until, rounds = begun + self._seconds * BURST_FRACTION * len(kinds), 0
+        while rounds < LEAST_ROUNDS or (time.time() < until and rounds < MOST_ROUNDS):
+            rounds += 1
+            for kind in kinds:  # by turns, so that a machine that is not always as fast is so for all of them
+                burst_begun, seconds = time.time(), await self._burst(kind[0], prompt, kind[1])
+                taken[kind].append((seconds, self._speeds.between(burst_begun, time.time())))
+        usual = self._speeds.between(begun, time.time())
+        return [
+            Burst(*kind, median(seconds * times_as_fast(speed, usual) for seconds, speed in bursts), usual)
+            for kind, bursts in taken.items()
+        ]
 
     async def _burst(self, requests: int, prompt: int, tokens: int) -> float:
         """Seconds. As in a run, the samples of a group share their prompt; nothing else does."""
