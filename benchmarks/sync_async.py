@@ -29,7 +29,7 @@ def measure(workload: str, directory: Path) -> dict[str, Any]:
     if not result.exists():
         raise RuntimeError(f"{workload}: the benchmark ended with exit code {code} and no result")
     loaded: dict[str, Any] = json.loads(result.read_text())
-    return loaded
+    return loaded | {"command": f"slime-async bench {config.relative_to(ROOT)}"}
 
 
 def main() -> None:
