@@ -79,7 +79,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> LiveState:
     return state_in(tmp_path_factory.mktemp("live"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 220), st.integers(1, 70))
 def test_a_screen_fits_its_window(state: LiveState, width: int, height: int) -> None:
     lines = screen(state, width, height)

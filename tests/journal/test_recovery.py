@@ -17,13 +17,7 @@ from tests.journal.examples import accepted, append, frames, key, segments, writ
 
 COUNT = 2
 HEADER = 28
-SMALL = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SMALL = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def fresh(tmp_path: Path, *, fsync: bool = False) -> Path:

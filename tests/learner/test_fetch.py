@@ -92,7 +92,7 @@ def test_nothing_is_fetched_but_what_is_leased() -> None:
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 5))
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50)
 def test_every_trajectory_is_in_one_share(tokens: list[int], ranks: int) -> None:
     stored = [StoredTrajectory(TrajectoryKey(i, 0), n, n, 0, 0, 1.0) for i, n in enumerate(tokens)]
     shares = plan_shares(stored, 64, ranks)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
@@ -105,7 +105,6 @@ def test_heads_are_normalised_and_rotated_as_transformers_does() -> None:
         assert_close(mine, theirs[0].transpose(0, 1))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 3))
 def test_an_attention_plan_shows_each_query_its_own_past_only(chunks: list[int], cp_size: int) -> None:
     lengths = [2 * cp_size * n for n in chunks]

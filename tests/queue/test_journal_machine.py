@@ -140,6 +140,4 @@ class JournalMachine(QueueMachine):
 
 
 TestJournalMachine = JournalMachine.TestCase
-TestJournalMachine.settings = settings(
-    max_examples=25, stateful_step_count=50, deadline=None, derandomize=True, database=None
-)
+TestJournalMachine.settings = settings(max_examples=25, stateful_step_count=50)

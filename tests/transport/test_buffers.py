@@ -21,7 +21,7 @@ def taken(frames: list[Buffer], sizes: list[int]) -> list[bytes]:
 
 
 @given(SIZES)
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 def test_arrays_of_any_sizes_come_out_as_they_went_in(sizes: list[int]) -> None:
     arrays = [bytes([i + 1]) * size for i, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:

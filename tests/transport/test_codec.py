@@ -64,7 +64,7 @@ def deliver(trajectory: Trajectory) -> ReceivedTrajectory:
 
 @pytest.mark.parametrize("kind", MESSAGE_KINDS, ids=lambda kind: kind.__name__)
 def test_every_message_comes_back_as_it_was_sent(kind: type[Message]) -> None:
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15)
     @given(values(kind), st.integers(0, 2**63 - 1), st.booleans())
     def check(message: Message, call_id: int, reply: bool) -> None:
         envelope = decode([bytes(f) for f in encode(message, call_id=call_id, reply=reply)])
