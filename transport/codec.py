@@ -135,7 +135,7 @@ def encode_trajectory(trajectory: Trajectory | EncodedTrajectory) -> EncodedTraj
         assert _TRAJECTORY.encode is not None
         frames: list[Buffer] = []
         header = _pack(_TRAJECTORY.encode(trajectory, frames))
-        encoded = EncodedTrajectory(header, tuple(filter(size_of, frames)))
+        encoded = EncodedTrajectory(header, tuple(frames))
     return encoded
 
 

@@ -211,7 +211,10 @@ def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
     """The attributes as a tuple, however many there are; ``attrgetter`` is the fast way for several."""
     if len(names) > 1:
         return attrgetter(*names)
-    return lambda value: tuple(getattr(value, name) for name in names)
+    if not names:
+        return lambda _: ()
+    only = attrgetter(*names)
+    return lambda value: (only(value),)
 
 
 def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
@@ -296,7 +299,8 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
             raise BadMessage(f"wants one dimension, got shape {shape}")
         if not 1 <= len(shape) <= DEFAULT_LIMITS.dimensions:
             raise BadMessage(f"has shape {shape}: too few or too many dimensions")
-        frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
+        if value.size:
+            frames.append(value.data if value.flags.c_contiguous else np.ascontiguousarray(value).data)
         return name, shape
 
     def decode(raw: Any, frames: Frames) -> Any:
