@@ -107,9 +107,9 @@ def check_after(measurements: Sequence[Measurement], failed: Sequence[str] = ())
 
 def relative_speeds(measurements: Sequence[Measurement]) -> dict[str, float]:
     """By mode: how fast its cores were beside the median of all modes. Empty where that is not known of each."""
-    if not all(m.core_speeds for m in measurements):
-        return {}
     speeds = {m.mode: m.speed(map(int, m.core_speeds)) for m in measurements}
+    if not all(speeds.values()):
+        return {}
     usual = median(speeds.values())
     return {mode: speed / usual for mode, speed in speeds.items()}
 
