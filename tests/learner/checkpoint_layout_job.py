@@ -7,14 +7,13 @@ checkpoint, trains two more batches and tells what they gave.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from layout_job import config_for, train_sequences
+from layout_job import config_for, meet, train_sequences
 
 from slime_async.config import Config
 from slime_async.learner.trainer import Counters, Trainer
@@ -47,7 +46,7 @@ def main() -> None:
     source: Path | None = None
     for number, text in enumerate(sys.argv[3:]):
         layout = json.loads(text)
-        os.environ["MASTER_PORT"] = str(layout.pop("port"))
+        meet(out / f"ranks{number}")
         trainer = Trainer.build(make_config(layout), model)
         begin_or_load(trainer, source)
         source = out / f"checkpoint{number}"

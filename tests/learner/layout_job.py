@@ -1,7 +1,7 @@
 """What the layout tests run in every layout: a fixed sequence of training steps, and everything it results in.
 
 As a program it is one rank: ``python layout_job.py CHECKPOINT OUT LAYOUT...``, each LAYOUT a JSON object of Megatron
-options with the port to meet at. Several layouts run one after the other in the same processes.
+options. Several layouts run one after the other in the same processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -55,6 +56,12 @@ def recorded_experts(rng: np.random.Generator, tokens: int) -> NDArray[np.int16]
     return chosen
 
 
+def meet(file: Path) -> None:
+    """Join the other ranks, in a file: a port that was free a moment ago may be one of gloo's own by now."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+
+
 def config_for(megatron: dict[str, Any], *, advantage: str = "grpo", **sections: Any) -> Config:
     """Several optimizer steps and several microbatches per batch."""
     learner = {"learning_rate": 1e-3, "optimizer_steps": 2, "microbatch_tokens": 48, "weight_decay": 0.1}
@@ -82,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for number, text in enumerate(sys.argv[3:]):
         layout = json.loads(text)
-        os.environ["MASTER_PORT"] = str(layout.pop("port"))
+        meet(out / f"ranks{number}")
         advantage = layout.pop("advantage", "grpo")
         run(config_for(layout, advantage=advantage), checkpoint, out / f"layout{number}")
 

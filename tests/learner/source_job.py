@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from layout_job import config_for, train_sequences
+from layout_job import config_for, meet, train_sequences
 from safetensors.torch import save_file
 
 from slime_async.config.schema import WeightsConfig
@@ -40,6 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     weights = {"sources": job["sources"], "timeout_s": job["timeout_s"]}
     config = config_for(job["layout"], weights=weights)
+    meet(Path(job["out"]) / "ranks")
     trainer = Trainer.build(config, Path(job["checkpoint"]))
     share = WeightShare.agree(config, trainer, "127.0.0.1")
     if rank == job["halt"]:

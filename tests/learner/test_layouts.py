@@ -15,8 +15,6 @@ import torch
 from layout_job import config_for, run
 from safetensors.torch import load_file
 
-from slime_async.actors.sglang.server import free_port
-
 JOB = Path(__file__).with_name("layout_job.py")
 DEADLINE_S = 100.0
 
@@ -31,9 +29,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 def run_ranks(ranks: int, checkpoint: Path, out: Path, layouts: list[dict[str, Any]], job: Path = JOB) -> None:
     """One process per rank, all layouts in turn; any that fails or exceeds the deadline fails the test."""
     out.mkdir()
-    arguments = [json.dumps(layout | {"port": free_port()}) for layout in layouts]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(job), str(checkpoint), str(out), *arguments]
+    environment = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(job), str(checkpoint), str(out), *map(json.dumps, layouts)]
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)

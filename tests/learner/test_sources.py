@@ -23,7 +23,6 @@ from torch import Tensor
 
 from slime_async.actors.embedded.engine import EmbeddedEngine
 from slime_async.actors.engine import EngineError
-from slime_async.actors.sglang.server import free_port
 from slime_async.actors.worker import obey
 from slime_async.learner.sources import divide, lanes, lanes_of_source, sources_of_lane
 from slime_async.protocol import Deliver, EngineInfo, Granted, Hello, Message, Shutdown, TensorSpec, WeightManifest
@@ -157,8 +156,7 @@ def learner(hub: HubThread, checkpoint: Path, out: Path, ranks: int, **job: Any)
     """The ranks' processes, of which 0 and ``halt`` can be read."""
     out.mkdir()
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     whole = {"halt": -1, "how": "", "timeout_s": 10.0, **job}
     text = json.dumps({**whole, "hub": hub.hub.address, "checkpoint": str(checkpoint), "out": str(out)})
     processes = [
