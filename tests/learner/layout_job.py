@@ -23,6 +23,8 @@ from slime_async.config.schema import Config
 from slime_async.learner.trainer import Trainer, TrainSequence
 from slime_async.routing import NOT_RECORDED
 
+LEARNING_RATE = 1e-3
+
 
 def train_sequences(vocab_size: int = 33, count: int = 14, *, experts: bool = False) -> list[TrainSequence]:
     """Sequences of 1 to 17 tokens in groups of two, some stale, one group without advantage.
@@ -64,7 +66,7 @@ def meet(file: Path) -> None:
 
 def config_for(megatron: dict[str, Any], *, advantage: str = "grpo", **sections: Any) -> Config:
     """Several optimizer steps and several microbatches per batch."""
-    learner = {"learning_rate": 1e-3, "optimizer_steps": 2, "microbatch_tokens": 48, "weight_decay": 0.1}
+    learner = {"learning_rate": LEARNING_RATE, "optimizer_steps": 2, "microbatch_tokens": 48, "weight_decay": 0.1}
     algorithm = {"advantage": advantage, "entropy_coef": 0.01, "weight": "truncate", "weight_upper": 2.0}
     return Config(**{"learner": learner, "algorithm": algorithm, "megatron": megatron} | sections)
 
