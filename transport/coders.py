@@ -208,7 +208,7 @@ def _named_tuple(kind: Any) -> Coder:
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """The attributes as a tuple, however many there are; ``attrgetter`` is the fast way for several."""
+    """The attributes as a tuple, however many there are: ``attrgetter`` is fast, but of one gives no tuple."""
     if len(names) > 1:
         return attrgetter(*names)
     if not names:

@@ -74,8 +74,7 @@ class SaturatedEngine:
     def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedEngine:
         rates = tuple(EngineRate(**rate) for rate in plain["rates"])
         bursts = tuple(Burst(**burst) for burst in plain.get("bursts", ()))
-        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
-        return cls(**{**known, "rates": rates, "bursts": bursts})
+        return cls(**{**_known(cls, plain), "rates": rates, "bursts": bursts})
 
     @property
     def full(self) -> EngineRate:
@@ -106,7 +105,7 @@ class SaturatedLearner:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> SaturatedLearner:
-        return cls(**{field.name: plain[field.name] for field in fields(cls) if field.name in plain})
+        return cls(**_known(cls, plain))
 
     @property
     def tokens_per_s(self) -> float:
@@ -137,6 +136,11 @@ class SideBySide:
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _known(cls: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that a result has: it has others beside them, and older ones lack some."""
+    return {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
 
 
 def rate_between(batches: Sequence[tuple[float, float]], began_s: float, ended_s: float) -> float:

@@ -192,7 +192,7 @@ class Bench:
             try:
                 if beside:
                     await self._until(self._directory / LEARNER_READY, training)
-                    with self._core_speeds(range(devices)) as speeds:
+                    with CoreSpeeds(self._cores(range(devices)).values()) as speeds:
                         [full] = await self._full_engines([self._last_engine()], f"beside-{devices}")
                     (self._directory / LEARNER_STOP).touch()
                 await training
@@ -215,27 +215,27 @@ class Bench:
         return learner, rates
 
     async def _delivering_engine(self) -> EngineRate:
-        path = self._directory / "delivering-engine.json"
-        if not path.exists():
-            [full] = await self._full_engines([self._last_engine()], "delivering")
-            path.write_text(json.dumps({name: full[name] for name in ("running", "tokens_per_s", "speed")}))
-        rate = EngineRate(**json.loads(path.read_text()))
+        rate = await self._full_rate([self._last_engine()], "delivering", "delivering-engine.json")
         self._say(f"an engine whose actor delivers to a hub, tokens/s: {rate.tokens_per_s:,.0f}")
         return rate
 
     async def _engines_together(self) -> EngineRate | None:
-        """One engine while those of the colocated mode are all full, their mean; None without that mode."""
+        """One engine while those of the colocated mode are all full; None without that mode."""
         devices = next((mode.actor_devices for mode in self._modes if mode.colocated), ())
         if not devices:
             return None
-        path = self._directory / "engines-together.json"
-        if not path.exists():
-            fulls = await self._full_engines(devices, "together")
-            means = {name: mean(full[name] for full in fulls) for name in ("running", "tokens_per_s", "speed")}
-            path.write_text(json.dumps(means))
-        rate = EngineRate(**json.loads(path.read_text()))
+        rate = await self._full_rate(devices, "together", "engines-together.json")
         self._say(f"{len(devices)} such engines at once, tokens/s: {rate.tokens_per_s:,.0f} each")
         return rate
+
+    async def _full_rate(self, devices: Sequence[int], name: str, file: str) -> EngineRate:
+        """The mean of full engines on these devices, kept in ``file``."""
+        path = self._directory / file
+        if not path.exists():
+            fulls = await self._full_engines(devices, name)
+            means = {key: mean(full[key] for full in fulls) for key in ("running", "tokens_per_s", "speed")}
+            path.write_text(json.dumps(means))
+        return EngineRate(**json.loads(path.read_text()))
 
     async def _full_engines(self, devices: Sequence[int], name: str) -> list[dict[str, float]]:
         """One full engine on each of the devices at the same time, in actors of a hub of their own."""
@@ -271,9 +271,9 @@ class Bench:
         finally:
             await launcher.stop()
 
-    def _core_speeds(self, devices: Iterable[int]) -> CoreSpeeds:
-        """Of the cores that these devices are; of none where they are GPUs."""
-        return CoreSpeeds(() if on_gpus(self._config) else map(core_of, devices))
+    def _cores(self, devices: Iterable[int]) -> dict[int, int]:
+        """The cores that these devices are; none where they are GPUs."""
+        return {} if on_gpus(self._config) else {device: core_of(device) for device in devices}
 
     def _last_engine(self) -> int:
         """Its device, on which no learner is where sides are separate."""
@@ -362,11 +362,11 @@ class Bench:
     async def _measure(self, mode: Mode) -> Measurement:
         servers = await self._quiet_servers()
         urls, identity = (servers.urls, servers.identity) if servers is not None else ({}, "")
-        with self._core_speeds(mode.devices) as watched:
+        cores = self._cores(mode.devices)
+        with CoreSpeeds(cores.values()) as watched:
             measurement = await run_mode(self._config, mode, self._directory, urls)
         began_s, ended_s = measurement.windows[0].start_s, measurement.windows[-1].end_s
-        cores = {} if on_gpus(self._config) else {str(device): core_of(device) for device in mode.devices}
-        by_device = {device: watched.between(began_s, ended_s, [core]) for device, core in cores.items()}
+        by_device = {str(device): watched.between(began_s, ended_s, [core]) for device, core in cores.items()}
         measurement = replace(measurement, servers=identity, core_speeds=by_device)
         speeds = ", ".join(f"{speed:.2f}" for speed in measurement.samples_per_s)
         self._say(f"{mode.name}: {speeds} samples/s")

@@ -167,6 +167,7 @@ def test_a_hub_killed_between_delivery_and_judgement_loses_neither(tmp_path: Pat
             assert sorted(second.rewards) == [11.0, 11.25, 12.0, 12.0]
             # groups are judged side by side: any two of the first four that are kept may be the first to be ready
             trained = [t.task.serial for batch in (first, second) for t in batch.trajectories]
+            assert trained[::2] == trained[1::2]
             assert sorted(trained) == [0, 0, 2, 2, 3, 3, 4, 4]
             assert 4 not in trained[:4]
             hub.kill()

@@ -64,10 +64,10 @@ def assert_same(out: Path, expected: Path) -> None:
 
 
 def tolerance(name: str) -> float:
-    """Absolute. What all keys have in common moves attention only through their rotation, so the gradient of a key's
-    bias is nearly nothing, and Adam steps by its rounding: up to the learning rate."""
+    """Absolute. What all keys have in common moves attention only through their rotation: where that is slow, the
+    gradient of a key's bias is a thousandth of others', and rounding is some percent of it and of Adam's steps."""
     if name.endswith("k_proj.bias"):
-        return LEARNING_RATE
+        return 0.2 * LEARNING_RATE
     return 2e-5 if name == "logprobs" else 1e-5
 
 
