@@ -2,10 +2,11 @@
 
     python -m benchmarks.prefill_bunches                 a GPU: Qwen3-0.6B's shape, 384 requests at once
     python -m benchmarks.prefill_bunches --device cpu    SGLang's CPU path, a tiny model, 64 requests
-    options: --fractions 0 0.03125 0.0625 0.125 0.25  --seconds 12  --running N  --shape qwen3-4b  --out FILE
+    options: --fractions 0 0.03125 0.0625 0.125 0.25  --seconds 12  --running N  --asked N  --shape qwen3-4b  --out FILE
 
 One server, one process that asks; as an answer ends, the next request comes. Lengths are log-normal, those of
-``examples/bench/heavy_tailed_2gpus.toml``. Fractions take turns, each twice, the second time in the reverse order.
+``examples/bench/heavy_tailed_2gpus.toml``. Fractions take turns, each twice, the second time in the reverse order; what
+is measured is written after each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,11 +88,11 @@ def arguments_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 class Load:
-    """Keeps ``running`` requests in an engine."""
+    """Asks an engine for ``asked`` answers at a time."""
 
-    def __init__(self, engine: SGLangEngine, running: int, longest: int, seed: int) -> None:
+    def __init__(self, engine: SGLangEngine, asked: int, longest: int, seed: int) -> None:
         self._engine = engine
-        self._running = running
+        self._asked = asked
         self._longest = longest
         self._random = random.Random(seed)
         self.ended: list[tuple[float, float, int]] = []
@@ -99,7 +100,7 @@ class Load:
 
     async def play(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._running):
+            for _ in range(self._asked):
                 tasks.create_task(self._ask())
 
     async def _ask(self) -> None:
@@ -123,7 +124,7 @@ async def measure(url: str, checkpoint: Path, log: Path, fraction: float, parsed
         prefill_wait_s=WAIT_S,
     )
     await engine.start()
-    load = Load(engine, parsed.running, parsed.context - PROMPT, parsed.seed)
+    load = Load(engine, parsed.asked, parsed.context - PROMPT, parsed.seed)
     playing = asyncio.create_task(load.play())
     try:
         await hold(playing, parsed.seconds * SETTLE_FRACTION)
@@ -161,7 +162,7 @@ def prefills_in(log: Path) -> int:
     return len(re.findall(r"Prefill batch", log.read_text(errors="replace")))
 
 
-async def run(parsed: argparse.Namespace, directory: Path) -> list[Row]:
+async def run(parsed: argparse.Namespace, directory: Path, write: Callable[[list[Row]], None]) -> list[Row]:
     checkpoint = directory / "checkpoint"
     SHAPES[parsed.shape](checkpoint, 0)
     log = directory / "sglang.log"
@@ -178,9 +179,11 @@ async def run(parsed: argparse.Namespace, directory: Path) -> list[Row]:
             async with asyncio.timeout(6 * parsed.seconds + 60):
                 rows[fraction].append(await measure(server.url, checkpoint, log, fraction, parsed))
             print(f"{fraction:.5f}: {rows[fraction][-1].tokens_per_s:,.0f} tokens/s", flush=True)
+            means = [mean_of(some) for some in rows.values() if some]
+            write(means)
     finally:
         await server.kill()
-    return [mean_of(some) for some in rows.values()]
+    return means
 
 
 def mean_of(rows: Sequence[Row]) -> Row:
@@ -194,16 +197,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=list(SHAPES), help="[qwen3-0.6b on a GPU, tiny on the CPU]")
     parser.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS))
     parser.add_argument("--seconds", type=float, default=12.0, help="of one measurement; each fraction has two")
-    parser.add_argument("--running", type=int, help="requests at once [384 on a GPU, 64 on the CPU]")
+    parser.add_argument("--running", type=int, help="that the server decodes at once [384 on a GPU, 64 on the CPU]")
+    parser.add_argument("--asked", type=int, help="answers that are asked for at once [as many as the server decodes]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where the JSON goes [nowhere]")
     parsed = parser.parse_args(arguments)
     gpu = parsed.device == "cuda"
     parsed.shape = parsed.shape or ("qwen3-0.6b" if gpu else "tiny")
     parsed.running = parsed.running or (384 if gpu else 64)
+    parsed.asked = parsed.asked or parsed.running
     parsed.context = LONGEST + PROMPT if gpu else 256
+
+    def write(rows: list[Row]) -> None:
+        if parsed.out is not None:
+            parsed.out.write_text(json.dumps(result(parsed, rows, gpu), indent=2) + "\n")
+
     with tempfile.TemporaryDirectory() as directory:
-        rows = asyncio.run(run(parsed, Path(directory)))
+        rows = asyncio.run(run(parsed, Path(directory), write))
     print("| fraction | tokens/s | × the first | answers/s | running | ms a token | prefills an answer |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
@@ -211,8 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"| {row.fraction:.4g} | {row.tokens_per_s:,.0f} | {row.tokens_per_s / rows[0].tokens_per_s:.2f} "
             f"| {row.answers_per_s:.1f} | {row.running:.0f} | {row.token_ms:.1f} | {row.prefills_per_answer:.2f} |"
         )
-    if parsed.out is not None:
-        parsed.out.write_text(json.dumps(result(parsed, rows, gpu), indent=2) + "\n")
     return 0
 
 
@@ -225,6 +233,7 @@ def result(parsed: argparse.Namespace, rows: Sequence[Row], gpu: bool) -> dict[s
         "versions": {"sglang": installed_version(), "torch": torch.__version__},
         "shape": parsed.shape,
         "running": parsed.running,
+        "asked": parsed.asked,
         "seconds": parsed.seconds,
         "figures": {
             "best_over_first": best.tokens_per_s / rows[0].tokens_per_s,

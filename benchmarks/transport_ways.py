@@ -237,6 +237,7 @@ def send_ours(control: Connection, address: str, keys: Path | None, connections:
 
 def receive_raw(ready: Connection, keys: Path | None, _: bool = False) -> None:
     socket = new_socket(zmq.Context(), zmq.ROUTER, DEFAULT_LIMITS)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # as ours: wait where replies find no room, which drops none
     if keys is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, load(keys / "hub.key").secret.encode())

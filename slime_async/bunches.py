@@ -4,6 +4,9 @@ A prefill holds up everything that decodes, and one of a few prompts takes about
 where answers end one by one, an engine that lets the next prompt in at once spends as much time on prefill as on
 decoding. In bunches of a fraction f of those inside, there are 1 / f prefills in the time that an answer takes, however
 many requests are inside, and a request waits f / 2 of that time: as long as it takes until so many have ended.
+
+Those for which the engine has no room wait outside, too. In its own queue they would take each place as it becomes free,
+one by one.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ class Bunches:
     def size(self, inside: int) -> int:
         """Requests that have to wait until they enter an engine with ``inside`` others; 1 where nobody waits."""
         return max(1, int(inside * self._fraction))
+
+    def entering(self, waiting: int, inside: int, room: float) -> int:
+        """How many of those that wait enter an engine with ``inside`` others and ``room`` for so many more."""
+        ready = int(min(waiting, room))
+        return ready if ready >= self.size(inside) or self.patience_s <= 0 else 0
 
     @property
     def patience_s(self) -> float:

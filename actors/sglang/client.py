@@ -36,6 +36,12 @@ class Chunk:
     meta: Mapping[str, Any]
 
 
+def running_at_most(info: Mapping[str, Any]) -> float:
+    """Requests that a server decodes at once, all its data-parallel ranks together, by what it says of itself."""
+    limits = [state.get("effective_max_running_requests_per_dp", 0) for state in info.get("internal_states") or ()]
+    return float(sum(limits)) if all(limits) and limits else math.inf
+
+
 class SGLangClient:
     """One server by URL. Every failure is an ``EngineError`` that names the server, the path and the cause."""
 
@@ -68,7 +74,7 @@ class SGLangClient:
             self._ready_paths.pop(0)
 
     async def server_info(self, timeout_s: float) -> dict[str, Any]:
-        """The server's arguments, its version among them."""
+        """The server's arguments, its version among them, and in ``internal_states`` what each rank made of them."""
         return await self._json("GET", "/server_info", None, timeout_s)
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

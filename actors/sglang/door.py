@@ -2,14 +2,15 @@
 
 Consumes requests; lets those that wait in together, once they are enough for the number of those inside, which falls as
 answers end, or once the first has waited for twice as long as a bunch should take to gather, but ``wait_s`` at most.
-So it holds nobody for longer, whoever is inside.
+So it holds nobody for whom there is room for longer, whoever is inside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -20,15 +21,17 @@ class Door:
     """Use it from one event loop."""
 
     def __init__(self, fraction: float, wait_s: float) -> None:
+        self.capacity = math.inf
+        """Requests that the server runs at once; others wait here, not in its queue"""
         self._bunches = Bunches(fraction, wait_s)
         self._inside = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: OrderedDict[str, asyncio.Future[None]] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
-    async def passed(self) -> AsyncIterator[None]:
-        """Around all that a request does in the server."""
-        await self._enter()
+    async def passed(self, request_id: str, *, again: bool = False) -> AsyncIterator[None]:
+        """Around all that a request does in the server. One that has been inside goes ``again`` before the others."""
+        await self._enter(request_id, again)
         entered = time.monotonic()
         try:
             yield
@@ -36,28 +39,28 @@ class Door:
             self._bunches.ended(time.monotonic() - entered)
             self._leave()
 
-    def let_in(self) -> None:
-        """All that wait, now."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                self._inside += 1
+    def excuse(self, request_id: str) -> None:
+        """Let this one in, if it waits: it will ask nothing of the server."""
+        turn = self._waiting.pop(request_id, None)
+        if turn is not None:
+            self._let_in(turn)
 
-    async def _enter(self) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+    def excuse_all(self) -> None:
+        """The same of all that wait."""
+        self._let_in_first(len(self._waiting))
+
+    async def _enter(self, request_id: str, again: bool) -> None:
+        turn = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+        if again:
+            self._waiting.move_to_end(request_id, last=False)
         self._look()
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had been let in
                 self._leave()
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
+            elif self._waiting.get(request_id) is turn:
+                del self._waiting[request_id]
             raise
 
     def _leave(self) -> None:
@@ -65,10 +68,29 @@ class Door:
         self._look()
 
     def _look(self) -> None:
-        if not self._waiting:
+        room = self.capacity - self._inside
+        if not self._waiting or room <= 0:
             return
-        patience_s = self._bunches.patience_s
-        if len(self._waiting) >= self._bunches.size(self._inside) or patience_s <= 0:
-            self.let_in()
+        if entering := self._bunches.entering(len(self._waiting), self._inside, room):
+            self._let_in_first(entering)
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(patience_s, self.let_in)
+            self._timer = asyncio.get_running_loop().call_later(self._bunches.patience_s, self._waited)
+
+    def _waited(self) -> None:
+        """Long enough: those for whom there is room enter."""
+        self._let_in_first(int(min(len(self._waiting), self.capacity - self._inside)))
+
+    def _let_in_first(self, count: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while count > 0 and self._waiting:
+            count -= self._let_in(self._waiting.popitem(last=False)[1])
+
+    def _let_in(self, turn: asyncio.Future[None]) -> bool:
+        """Whether it had not given up."""
+        if turn.done():
+            return False
+        turn.set_result(None)
+        self._inside += 1
+        return True

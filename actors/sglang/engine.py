@@ -5,7 +5,8 @@
     generate ─► door ─► gate ─► /generate (streamed) ─► chunk, chunk … ─► answer
                  │       │ closed while paused and while there are no weights: what is sent under one cache key is
                  │       │ computed with that key's weights, save what waits in the server when they change
-                 │ requests enter in bunches, because a prefill holds up everything that decodes
+                 │ requests enter in bunches, because a prefill holds up everything that decodes, and only as many
+                 │ as the server decodes at once
     pause(in_place, retract) ─► gate closes ─► /pause_generation
     pause(abort)             ─► gate closes ─► /abort_request until nothing runs ─► /pause_generation
 
@@ -35,7 +36,7 @@ from slime_async.actors.engine import (
     check_request,
 )
 from slime_async.actors.sglang.answers import Answer
-from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body
+from slime_async.actors.sglang.client import EngineRefused, SGLangClient, generate_body, running_at_most
 from slime_async.actors.sglang.door import Door
 from slime_async.actors.sglang.loader import LOADER
 from slime_async.actors.sglang.model import ModelFacts
@@ -90,7 +91,7 @@ class SGLangEngine:
 
         Weights that come tensor by tensor do so in calls of at most ``call_bytes``. ``record_routing``: answers say
         which experts they took. Requests wait for others to enter with, ``prefill_fraction`` of those that the server
-        has, but not for longer than ``prefill_wait_s``.
+        has, but not for longer than ``prefill_wait_s`` once the server can decode them.
 
         Raises ``ValueError`` for checkpoints that name no vocabulary, for experts to be recorded of a model that has
         none, and unless one of ``launch``, ``url`` is given.
@@ -163,6 +164,7 @@ class SGLangEngine:
         self._seeded = bool(info.get("enable_deterministic_inference", False))
         self.num_ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
         self.takes_buffers = self._has_our_loader(client, info)
+        self._door.capacity = running_at_most(info)
         self._updates = WeightUpdates(
             client,
             self._features,
@@ -251,8 +253,9 @@ class SGLangEngine:
         """Submit until the server says stop or length, or the owner aborts; pauses may cut it in between."""
         room = self._max_context - len(answer.request.prompt_ids)
         limit = min(answer.request.sampling.max_new_tokens, room)
+        request_id, again = answer.request.request_id, False
         while True:
-            async with self._door.passed():
+            async with self._door.passed(request_id, again=again):
                 weights = await self._gate(answer)
                 if weights is None:
                     return answer.generation("abort")
@@ -264,6 +267,7 @@ class SGLangEngine:
             # a retracted answer goes on, and one that a pause cut before it began has lost nothing
             if answer.aborted or not (answer.cut_by is PauseMode.RETRACT or (answer.cut_by and not answer.output_ids)):
                 return answer.generation("abort")
+            again = True
 
     async def _submit(self, answer: Answer, weights: WeightId, max_new_tokens: int) -> str:
         """One exchange with the server; why it ended."""
@@ -325,7 +329,7 @@ class SGLangEngine:
         if answer.submitted:
             await self._abort_in_server(request_id)
         else:
-            self._door.let_in()
+            self._door.excuse(request_id)
         await self._notify()
 
     async def _abort_in_server(self, request_id: str) -> None:
@@ -442,7 +446,7 @@ class SGLangEngine:
         for answer in self._answers.values():
             if answer.submitted and answer.cutoff is not None and not answer.cutoff.expired():
                 answer.cutoff.reschedule(0)
-        self._door.let_in()
+        self._door.excuse_all()
         await self._notify()
 
     def _check_updates(self) -> WeightUpdates:

@@ -140,24 +140,30 @@ def compare(
     sync = [speed for speed, m in zip(speeds, measurements, strict=True) if m.synchronous]
     best = max(sync, key=lambda speed: speed.mean, default=Estimate(math.nan, math.nan))
     rows = [
-        Row(m, ideal_of(by_name[m.mode], m, engine, learners), speed, ratio(speed, best))
+        Row(m, ideal_of(by_name[m.mode], m, engine, learners, delivering), speed, ratio(speed, best))
         for speed, m in zip(speeds, measurements, strict=True)
     ]
     return Comparison(tuple(rows), engine, dict(learners), delivering, dict(side_by_side or {}), engines_together)
 
 
 def ideal_of(
-    mode: Mode, measured: Measurement, engine: SaturatedEngine, learners: Mapping[int, SaturatedLearner]
+    mode: Mode,
+    measured: Measurement,
+    engine: SaturatedEngine,
+    learners: Mapping[int, SaturatedLearner],
+    delivering: EngineRate | None = None,
 ) -> Ideal:
+    """An engine alone is as fast as it was at its fastest, be it in the hands of an actor that was ``delivering``."""
     steps = sum(window.steps for window in measured.windows)
     sampled = sum(window.sampled_tokens for window in measured.windows) / steps
     computed = sum(window.batch_tokens for window in measured.windows) / steps
     devices = len(mode.learner_devices)
     learner = learners.get(devices) or max(learners.values(), key=lambda one: one.devices)
     learner = learner.at(measured.speed(mode.learner_devices))
-    engine = engine.at(measured.speed(mode.actor_devices))
+    rates = (*engine.rates, delivering) if delivering else engine.rates
+    fastest = max(rate.at(measured.speed(mode.actor_devices)).tokens_per_s for rate in rates)
     return Ideal(
-        generate_s=sampled / (len(mode.actor_devices) * engine.tokens_per_s),
+        generate_s=sampled / (len(mode.actor_devices) * fastest),
         train_s=computed / (learner.tokens_per_s * devices / learner.devices),
     )
 

@@ -60,11 +60,9 @@ class SimulatedEngine:
         self._rows = 0
         """That a step computes: as many as run, and idle ones in an engine that pads"""
         self._bunches = Bunches(model.prefill_fraction, model.prefill_wait_s)
-        self._at_door: list[Request] = []
+        self._at_door: deque[Request] = deque()
         self._let_in_by_s = math.inf
-        """When those that wait at the door have waited long enough"""
-        self._waiting: deque[Request] = deque()
-        """Inside, for room"""
+        """When those that wait at the door, and for whom there is room, have waited long enough"""
         self._versions: list[tuple[float, int]] = []
         """(position, version) from which on tokens come from it"""
         self._count = 0
@@ -115,11 +113,9 @@ class SimulatedEngine:
             self._bunches.ended(now - request.begun_s)
             self._count_rows()
             self.epoch += 1
-            if self._waiting:
-                self._enter(self._waiting.popleft())
             self._look()
         if self._let_in_by_s <= now:
-            self._let_in()
+            self._let_in(self._room)
         return done
 
     def use(self, version: int, now: float) -> None:
@@ -139,7 +135,6 @@ class SimulatedEngine:
         self._oldest.clear()
         self._begun_sum = 0.0
         self._rows = 0
-        self._waiting.clear()
         self._at_door.clear()
         self._let_in_by_s = math.inf
         self._stall_s = 0.0
@@ -165,25 +160,26 @@ class SimulatedEngine:
                 break
         return found
 
+    @property
+    def _room(self) -> int:
+        return self._model.max_running - self.running
+
     def _look(self) -> None:
         """Let those in that wait at the door, if they are enough."""
-        if not self._at_door:
+        room = self._room
+        if not self._at_door or room <= 0:
             return
-        patience_s = self._bunches.patience_s
-        inside = self.running + len(self._waiting)
-        if self.paused or len(self._at_door) >= self._bunches.size(inside) or patience_s <= 0:
-            self._let_in()
+        if self.paused:
+            self._let_in(room)
+        elif entering := self._bunches.entering(len(self._at_door), self.running, room):
+            self._let_in(entering)
         elif self._let_in_by_s == math.inf:
-            self._let_in_by_s = self._time_s + patience_s
+            self._let_in_by_s = self._time_s + self._bunches.patience_s
             self.epoch += 1
 
-    def _let_in(self) -> None:
-        for request in self._at_door:
-            if self.running < self._model.max_running:
-                self._enter(request)
-            else:
-                self._waiting.append(request)
-        self._at_door.clear()
+    def _let_in(self, most: int) -> None:
+        for _ in range(min(most, len(self._at_door))):
+            self._enter(self._at_door.popleft())
         self._let_in_by_s = math.inf
 
     def _enter(self, request: Request) -> None:

@@ -9,7 +9,7 @@ from slime_async.bench.compare import HEADS, compare, quantiles, table
 from slime_async.bench.contract import check_after, check_before
 from slime_async.bench.measure import Measurement
 from slime_async.bench.page import render
-from slime_async.bench.saturated import Burst, SaturatedEngine, interpolate, rate_between
+from slime_async.bench.saturated import Burst, EngineRate, SaturatedEngine, interpolate, rate_between
 from tests.bench.examples import ENGINE, LEARNERS, measurement, modes
 
 MODES = modes("colocated", "disaggregated", "async-2", "async-8")
@@ -34,6 +34,15 @@ def test_the_bound_is_what_each_side_needs_alone() -> None:
     assert row.of_ideal == pytest.approx(0.8)
     assert COMPARISON.figures()["bound_of_async_over_best_sync"] == pytest.approx(2.0)
     assert COMPARISON.figures()["of_ideal"] == pytest.approx(0.8)
+
+
+def test_an_engine_that_was_faster_with_an_actor_sets_the_bound() -> None:
+    fastest = 1.25 * ENGINE.tokens_per_s
+    faster, slower = (
+        compare(MODES, MEASURED, ENGINE, LEARNERS, EngineRate(64.0, rate)).row("async-2")
+        for rate in (fastest, 0.5 * fastest)
+    )
+    assert (faster.ideal.generate_s, slower.ideal.generate_s) == pytest.approx((0.8, 1.0))
 
 
 def test_shared_devices_have_the_ideal_of_all_of_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -105,6 +106,21 @@ def alive(pid: int) -> bool:
             if int(group) == pid and state != "Z":
                 return True
     return False
+
+
+def test_requests_beyond_what_a_server_decodes_at_once_wait_outside(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        ward = Ward(checkpoints(), tmp_path, bench)
+        async with running(ward) as pool:
+            answers = await asyncio.gather(*(pool.generate(ask(prompt(5), 40)) for _ in range(10)))
+        assert [len(answer.output_ids) for answer in answers] == [40] * 10
+        queued = re.findall(r"#queue-req: (\d+)", (tmp_path / "a-0.log").read_text())
+        assert queued
+        assert set(queued) == {"0"}
+
+    run(test())
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slime_async import bunches
 from slime_async.actors.engine import EngineError
+from slime_async.actors.sglang.client import running_at_most
 from slime_async.actors.sglang.door import Door
 from slime_async.bunches import Bunches
 from tests.sglang.scripted_server import ask, event, run, serving
@@ -31,14 +33,14 @@ class Visitors:
         self._leave: dict[int, asyncio.Event] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
-    async def come(self, *numbers: int) -> None:
+    async def come(self, *numbers: int, again: bool = False) -> None:
         for number in numbers:
             self._leave[number] = asyncio.Event()
-            self._tasks[number] = asyncio.create_task(self._visit(number))
+            self._tasks[number] = asyncio.create_task(self._visit(number, again))
             await settled()
 
-    async def _visit(self, number: int) -> None:
-        async with self.door.passed():
+    async def _visit(self, number: int, again: bool) -> None:
+        async with self.door.passed(str(number), again=again):
             self.inside.append(number)
             await self._leave[number].wait()
         self.inside.remove(number)
@@ -133,7 +135,7 @@ def test_who_gives_up_is_not_counted_outside_nor_inside() -> None:
 def test_who_is_given_up_in_the_moment_of_entering_leaves_again() -> None:
     async def test(visitors: Visitors) -> None:
         await visitors.come(0, 1, 2, 3, 4)
-        visitors.door.let_in()
+        visitors.door.excuse_all()
         await visitors.give_up(4)
         await visitors.come(5)
         assert 5 not in visitors.inside  # four are inside
@@ -141,6 +143,107 @@ def test_who_is_given_up_in_the_moment_of_entering_leaves_again() -> None:
         assert sorted(visitors.inside) == [0, 1, 2, 3, 5, 6]
 
     visiting(1 / 2, NEVER_S, test)
+
+
+def test_no_more_enter_than_the_server_decodes_at_once() -> None:
+    async def test(visitors: Visitors) -> None:
+        visitors.door.capacity = 4
+        await visitors.come(*range(9))
+        assert visitors.inside == [0, 1, 2, 3]
+        await visitors.leave(1)
+        assert visitors.inside == [0, 2, 3, 4]
+
+    visiting(0.0, NEVER_S, test)
+
+
+def test_places_of_a_full_server_are_taken_in_bunches() -> None:
+    async def test(visitors: Visitors) -> None:
+        visitors.door.capacity = 12
+        await visitors.come(*range(12))
+        await visitors.come(*range(12, 16))
+        await visitors.leave(0)
+        assert 12 not in visitors.inside  # a quarter of eleven is two
+        await visitors.leave(1)
+        assert sorted(visitors.inside) == list(range(2, 14))
+
+    visiting(1 / 4, NEVER_S, test)
+
+
+def test_a_full_server_is_waited_for_without_limit_but_a_free_place_is_not() -> None:
+    async def test(visitors: Visitors) -> None:
+        visitors.door.capacity = 8
+        await visitors.come(*range(9))
+        await asyncio.sleep(0.3)
+        assert 8 not in visitors.inside
+        await visitors.leave(0)
+        while 8 not in visitors.inside:
+            await asyncio.sleep(0.01)
+
+    visiting(1 / 2, 0.1, test)
+
+
+def test_who_has_been_inside_goes_before_those_who_have_not() -> None:
+    async def test(visitors: Visitors) -> None:
+        visitors.door.capacity = 1
+        await visitors.come(0, 1, 2)
+        await visitors.come(3, again=True)
+        await visitors.leave(0)
+        assert visitors.inside == [3]
+
+    visiting(0.0, NEVER_S, test)
+
+
+def test_one_who_asks_nothing_of_the_server_is_let_through_alone() -> None:
+    async def test(visitors: Visitors) -> None:
+        visitors.door.capacity = 2
+        await visitors.come(0, 1, 2, 3)
+        visitors.door.excuse("3")
+        visitors.door.excuse("nobody")
+        await settled()
+        assert visitors.inside == [0, 1, 3]
+        await visitors.leave(3)
+        assert visitors.inside == [0, 1]
+        await visitors.leave(0)
+        assert visitors.inside == [1, 2]
+
+    visiting(0.0, NEVER_S, test)
+
+
+@pytest.mark.parametrize(
+    ("info", "at_once"),
+    [
+        ({}, float("inf")),
+        ({"internal_states": [{"effective_max_running_requests_per_dp": 48}]}, 48),
+        ({"internal_states": [{"effective_max_running_requests_per_dp": 48}] * 2}, 96),
+        ({"internal_states": [{"memory_usage": {}}]}, float("inf")),
+    ],
+)
+def test_a_server_tells_how_many_requests_it_decodes_at_once(info: dict[str, Any], at_once: float) -> None:
+    assert running_at_most(info) == at_once
+
+
+def test_an_engine_keeps_the_servers_own_queue_empty(checkpoint: Path) -> None:
+    limit = {"internal_states": [{"effective_max_running_requests_per_dp": 3}]}
+
+    async def test() -> None:
+        async with serving(checkpoint, arguments=limit) as (server, engine):
+            server.answers["/generate"] = hang
+            asked = [asyncio.create_task(engine.generate(replace(ask(), request_id=f"{i:04}"))) for i in range(5)]
+            while server.paths().count("/generate") < 3:
+                await asyncio.sleep(0.01)
+            await engine.abort("0003")
+            assert (await asked[3]).finish_reason == "abort"
+            status = await engine.status()
+            assert (status.running_requests, status.waiting_requests) == (0, 4)  # nothing was sampled yet
+            asked[0].cancel()
+            while server.paths().count("/generate") < 4:
+                await asyncio.sleep(0.01)
+            await engine.close()
+            for task in asked[1:3] + asked[4:]:
+                with pytest.raises(EngineError, match="was closed"):
+                    await task
+
+    run(test())
 
 
 def test_before_any_request_has_ended_nobody_waits() -> None:

@@ -70,6 +70,20 @@ def test_requests_enter_in_bunches_as_at_an_actors_door() -> None:
     assert simulated.running == 11
 
 
+def test_places_of_a_full_engine_are_taken_in_bunches() -> None:
+    simulated = engine(max_running=12, prefill_fraction=0.25, prefill_wait_s=60.0)
+    simulated.submit(Request(0, 10.0), 0.0)
+    now = simulated.next_end_s()
+    assert len(simulated.finish(now)) == 1
+    for episode in range(20):
+        simulated.submit(Request(episode, 100.0 + 3 * episode), now)
+    assert simulated.running == 12
+    assert len(simulated.finish(simulated.next_end_s())) == 1
+    assert simulated.running == 11  # a quarter of them is two
+    assert len(simulated.finish(simulated.next_end_s())) == 1
+    assert simulated.running == 12
+
+
 @pytest.mark.parametrize(("wait_s", "waited_s"), [(2 * STEP_S, 2 * STEP_S), (60.0, 2 * 0.25 * 10 * STEP_S)])
 def test_a_simulated_request_waits_at_the_door_for_so_long_at_most(wait_s: float, waited_s: float) -> None:
     simulated = crowded(wait_s=wait_s)
