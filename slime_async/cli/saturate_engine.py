@@ -34,10 +34,12 @@ BURSTS = (1, 8, 32, 128, 384)
 """Requests, up to what the engine decodes at once"""
 BURST_FRACTION = 0.2
 """Of a measurement's time, for the bursts of one size and length"""
-LEAST_ROUNDS, MOST_ROUNDS = 2, 25
-"""In each, a burst of every size and length"""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+"""In each, a burst of every size and length; the first ones may compile kernels"""
+FAR = 4.0
+"""Times the mean answer, but for answers that are all shorter: the third length, which tells what contexts cost"""
 MUCH_LONGER = 1.5
-"""Times as long as the other bursts, from which on the longest answer has bursts of its own"""
+"""Times as long as the other bursts, from which on the third length is worth its time"""
 PROMPT_IDS = 10
 """Their prompts are made of the first few ids, which every model has"""
 TOGETHER_TIMEOUT_S = 300.0
@@ -219,12 +221,12 @@ class _Filled:
 
     async def bursts(self, full: int) -> list[Burst]:
         """Of half and of one and a half times the mean answer, after prompts of the mean length: between the two,
-        contexts are as long as they are on average. And of the longest answer: what longer contexts cost."""
+        contexts are as long as they are on average. And of a long answer: what longer contexts cost."""
         answer, prompt = self.tokens_per_request, round(mean(self._noted.prompts))
         room = self._config.sampling.max_context_tokens - prompt
         short, long = max(1, round(answer / 2)), min(room, max(round(answer * 1.5), round(answer / 2) + 4))
-        longest = min(room, max(self._noted.answers))
-        lengths = (short, long, longest) if longest >= MUCH_LONGER * long else (short, long)
+        far = min(room, max(self._noted.answers), round(FAR * answer))
+        lengths = (short, long, far) if far >= MUCH_LONGER * long else (short, long)
         sizes = sorted({min(size, full) for size in BURSTS})
         for requests in sizes:
             await self._burst(requests, prompt, 1)  # the first of its size may compile kernels
