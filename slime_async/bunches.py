@@ -5,8 +5,8 @@ where answers end one by one, an engine that lets the next prompt in at once spe
 decoding. In bunches of a fraction f of those inside, there are 1 / f prefills in the time that an answer takes, however
 many requests are inside, and a request waits f / 2 of that time: as long as it takes until so many have ended.
 
-Those for which the engine has no room wait outside, too. In its own queue they would take each place as it becomes free,
-one by one.
+Those for which the engine has no room wait outside, too. In its own queue they would take each place as it becomes
+free, one by one.
 """
 
 from __future__ import annotations
