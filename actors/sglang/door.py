@@ -2,7 +2,8 @@
 
 Consumes requests; lets those that wait in together, once they are enough for the number of those inside, which falls as
 answers end, or once the first has waited for twice as long as a bunch should take to gather, but ``wait_s`` at most.
-So it holds nobody for whom there is room for longer, whoever is inside.
+So it holds nobody for whom there is room for longer, whoever is inside. While the server is paused the door is shut:
+answers that the pause cut short come back then, and go first.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ class Door:
         self.capacity = math.inf
         """Requests that the server runs at once; others wait here, not in its queue"""
         self._bunches = Bunches(fraction, wait_s)
+        self._is_open = True
         self._inside = 0
         self._waiting: OrderedDict[str, asyncio.Future[None]] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
     async def passed(self, request_id: str, *, again: bool = False) -> AsyncIterator[None]:
-        """Around all that a request does in the server. One that has been inside goes ``again`` before the others."""
+        """Around all that a request does in the server. One that was cut short goes ``again`` before the others."""
         await self._enter(request_id, again)
         entered = time.monotonic()
         try:
@@ -38,6 +40,15 @@ class Door:
         finally:
             self._bunches.ended(time.monotonic() - entered)
             self._leave()
+
+    def shut(self) -> None:
+        """Nobody enters any more."""
+        self._is_open = False
+
+    def open(self) -> None:
+        """Those who waited may enter."""
+        self._is_open = True
+        self._look()
 
     def excuse(self, request_id: str) -> None:
         """Let this one in, if it waits: it will ask nothing of the server."""
@@ -69,7 +80,7 @@ class Door:
 
     def _look(self) -> None:
         room = self.capacity - self._inside
-        if not self._waiting or room <= 0:
+        if not self._waiting or room <= 0 or not self._is_open:
             return
         if entering := self._bunches.entering(len(self._waiting), self._inside, room):
             self._let_in_first(entering)
@@ -78,7 +89,9 @@ class Door:
 
     def _waited(self) -> None:
         """Long enough: those for whom there is room enter."""
-        self._let_in_first(int(min(len(self._waiting), self.capacity - self._inside)))
+        self._timer = None
+        if self._is_open:
+            self._let_in_first(int(min(len(self._waiting), self.capacity - self._inside)))
 
     def _let_in_first(self, count: int) -> None:
         if self._timer is not None:

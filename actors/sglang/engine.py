@@ -253,21 +253,21 @@ class SGLangEngine:
         """Submit until the server says stop or length, or the owner aborts; pauses may cut it in between."""
         room = self._max_context - len(answer.request.prompt_ids)
         limit = min(answer.request.sampling.max_new_tokens, room)
-        request_id, again = answer.request.request_id, False
-        while True:
-            async with self._door.passed(request_id, again=again):
+        request = answer.request
+        async with self._door.passed(request.request_id, again=request.resumed_tokens > 0):
+            while True:
                 weights = await self._gate(answer)
                 if weights is None:
                     return answer.generation("abort")
                 reason = await self._submit(answer, weights, limit - len(answer.output_ids))
-            if reason != "abort":
-                return answer.generation(reason)
-            if len(answer.output_ids) >= limit:
-                return answer.generation("length")
-            # a retracted answer goes on, and one that a pause cut before it began has lost nothing
-            if answer.aborted or not (answer.cut_by is PauseMode.RETRACT or (answer.cut_by and not answer.output_ids)):
-                return answer.generation("abort")
-            again = True
+                if reason != "abort":
+                    return answer.generation(reason)
+                if len(answer.output_ids) >= limit:
+                    return answer.generation("length")
+                # a retracted answer goes on, and one that a pause cut before it began has lost nothing
+                goes_on = answer.cut_by is PauseMode.RETRACT or (answer.cut_by and not answer.output_ids)
+                if answer.aborted or not goes_on:
+                    return answer.generation("abort")
 
     async def _submit(self, answer: Answer, weights: WeightId, max_new_tokens: int) -> str:
         """One exchange with the server; why it ended."""
@@ -355,6 +355,7 @@ class SGLangEngine:
         client = self._check_alive()
         assert self._features is not None
         self._paused = mode
+        self._door.shut()
         self._note_business()
         if mode is PauseMode.ABORT or (mode is PauseMode.RETRACT and not self._features.flushes_retracted):
             await self._cut_all(client, mode)
@@ -373,6 +374,7 @@ class SGLangEngine:
     async def resume(self) -> None:
         await self._check_alive().post("/continue_generation", {"torch_empty_cache": False}, CONTROL_TIMEOUT_S)
         self._paused = None
+        self._door.open()
         self._note_business()
         self._progress_at = time.monotonic()
         await self._notify()

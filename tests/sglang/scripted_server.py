@@ -45,10 +45,11 @@ class Server:
             known = {"version": self.version, "tp_size": 2, "disable_overlap_schedule": True}
             return web.json_response({**known, **self.arguments})
         if request.path == "/generate":
-            return await self._stream(request)
+            return await self.stream(request)
         return web.json_response({"success": True, "message": "ok"})
 
-    async def _stream(self, request: web.Request) -> web.StreamResponse:
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """What ``/generate`` answers."""
         response = web.StreamResponse()
         await response.prepare(request)
         for event in self.events:

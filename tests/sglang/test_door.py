@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from slime_async import bunches
-from slime_async.actors.engine import EngineError
+from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.actors.sglang.client import running_at_most
 from slime_async.actors.sglang.door import Door
 from slime_async.bunches import Bunches
@@ -182,15 +183,32 @@ def test_a_full_server_is_waited_for_without_limit_but_a_free_place_is_not() -> 
     visiting(1 / 2, 0.1, test)
 
 
-def test_who_has_been_inside_goes_before_those_who_have_not() -> None:
+def test_while_the_door_is_shut_nobody_enters_and_who_was_cut_short_goes_first() -> None:
     async def test(visitors: Visitors) -> None:
-        visitors.door.capacity = 1
-        await visitors.come(0, 1, 2)
-        await visitors.come(3, again=True)
-        await visitors.leave(0)
-        assert visitors.inside == [3]
+        visitors.door.capacity = 2
+        await visitors.come(0, 1, 2, 3)
+        visitors.door.shut()
+        await visitors.leave(0, 1)
+        await visitors.come(4, 5, again=True)
+        assert visitors.inside == []
+        visitors.door.open()
+        await settled()
+        assert sorted(visitors.inside) == [4, 5]
 
     visiting(0.0, NEVER_S, test)
+
+
+def test_who_has_waited_long_enough_at_a_shut_door_enters_once_it_is_open() -> None:
+    async def test(visitors: Visitors) -> None:
+        await visitors.come(*range(8), 8)
+        visitors.door.shut()
+        await asyncio.sleep(0.2)
+        assert 8 not in visitors.inside
+        visitors.door.open()
+        while 8 not in visitors.inside:
+            await asyncio.sleep(0.01)
+
+    visiting(1 / 4, 0.1, test)
 
 
 def test_one_who_asks_nothing_of_the_server_is_let_through_alone() -> None:
@@ -242,6 +260,43 @@ def test_an_engine_keeps_the_servers_own_queue_empty(checkpoint: Path) -> None:
             for task in asked[1:3] + asked[4:]:
                 with pytest.raises(EngineError, match="was closed"):
                     await task
+
+    run(test())
+
+
+def test_an_answer_that_an_update_cut_short_goes_on_before_others_begin(checkpoint: Path) -> None:
+    limit = {"internal_states": [{"effective_max_running_requests_per_dp": 1}]}
+
+    async def test() -> None:
+        cut = asyncio.Event()
+
+        async with serving(checkpoint, arguments=limit) as (server, engine):
+
+            async def generate_until_cut(request: web.Request) -> web.StreamResponse:
+                await cut.wait()
+                return await server.stream(request)
+
+            async def abort(_: web.Request) -> web.StreamResponse:
+                cut.set()
+                return web.json_response({})
+
+            server.answers |= {"/generate": generate_until_cut, "/abort_request": abort}
+            server.events = [event([7], 1, "abort")]
+            first = asyncio.create_task(engine.generate(ask()))
+            other = asyncio.create_task(engine.generate(replace(ask(), request_id="other")))
+            while "/generate" not in server.paths():
+                await asyncio.sleep(0.01)
+            await engine.pause(PauseMode.ABORT)
+            assert (await first).finish_reason == "abort"
+            del server.answers["/generate"]
+            server.events = [event([7], 1, "stop")]
+            resumed = replace(ask(), request_id="resumed", resumed_tokens=1)
+            again = asyncio.create_task(engine.generate(resumed))
+            await settled()
+            await engine.resume()
+            await asyncio.gather(again, other)
+            asked = [body["rid"] for path, body in server.calls if path == "/generate"]
+            assert asked == ["0123", "resumed", "other"]
 
     run(test())
 
