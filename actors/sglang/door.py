@@ -58,7 +58,7 @@ class Door:
 
     def excuse_all(self) -> None:
         """The same of all that wait."""
-        self._let_in_first(len(self._waiting))
+        self._let_in_first(math.inf)
 
     async def _enter(self, request_id: str, again: bool) -> None:
         turn = self._waiting[request_id] = asyncio.get_running_loop().create_future()
@@ -78,11 +78,14 @@ class Door:
         self._inside -= 1
         self._look()
 
+    @property
+    def _room(self) -> float:
+        return self.capacity - self._inside
+
     def _look(self) -> None:
-        room = self.capacity - self._inside
-        if not self._waiting or room <= 0 or not self._is_open:
+        if not self._waiting or self._room <= 0 or not self._is_open:
             return
-        if entering := self._bunches.entering(len(self._waiting), self._inside, room):
+        if entering := self._bunches.entering(len(self._waiting), self._inside, self._room):
             self._let_in_first(entering)
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._bunches.patience_s, self._waited)
@@ -91,14 +94,14 @@ class Door:
         """Long enough: those for whom there is room enter."""
         self._timer = None
         if self._is_open:
-            self._let_in_first(int(min(len(self._waiting), self.capacity - self._inside)))
+            self._let_in_first(self._room)
 
-    def _let_in_first(self, count: int) -> None:
+    def _let_in_first(self, most: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while count > 0 and self._waiting:
-            count -= self._let_in(self._waiting.popitem(last=False)[1])
+        while most > 0 and self._waiting:
+            most -= self._let_in(self._waiting.popitem(last=False)[1])
 
     def _let_in(self, turn: asyncio.Future[None]) -> bool:
         """Whether it had not given up."""

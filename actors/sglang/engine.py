@@ -251,9 +251,8 @@ class SGLangEngine:
 
     async def _answer(self, answer: Answer) -> Generation:
         """Submit until the server says stop or length, or the owner aborts; pauses may cut it in between."""
-        room = self._max_context - len(answer.request.prompt_ids)
-        limit = min(answer.request.sampling.max_new_tokens, room)
         request = answer.request
+        limit = min(request.sampling.max_new_tokens, self._max_context - len(request.prompt_ids))
         async with self._door.passed(request.request_id, again=request.resumed_tokens > 0):
             while True:
                 weights = await self._gate(answer)
