@@ -85,6 +85,8 @@ RETURN_GRACE_S = 2.0
 """For actors and learner to come back after a restart of the hub; they try ten times a second"""
 GOODBYE_WAIT_S = 3.0
 """For actors and learner to leave after they were told to; then the hub goes, and they lose their connection"""
+REQUESTS = ("running_requests", "waiting_requests")
+"""Of actors' reports, what the hub adds up"""
 
 Result = TypeVar("Result")
 
@@ -549,10 +551,15 @@ class Hub:
                 return ready() or None
         return result
 
+    def _requests(self) -> Report:
+        """Of all actors, by their latest reports."""
+        told = [peer.report for name, peer in self._server.peers.items() if name in self._actors]
+        return {name: sum(n for report in told if type(n := report.get(name)) is int) for name in REQUESTS}
+
     async def _sample_regularly(self) -> None:
         """How full the queue is, for the report."""
         while True:
-            statistics = self._queue.statistics(self._clock()).as_report()
+            statistics = {**self._queue.statistics(self._clock()).as_report(), **self._requests()}
             self._observer.sample(statistics)
             PROCESS.tell("queue", {**statistics, **self._store.as_report(), "actors": len(self._actors)})
             await asyncio.sleep(self._config.hub.heartbeat_interval_s)

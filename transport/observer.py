@@ -1,7 +1,7 @@
 """What the hub writes down of itself: when and why admission was closed, and how full the queue was.
 
 ``RUN/spans/hub.jsonl`` gets a ``gate`` span for every stretch in which nothing was granted, ``RUN/queue.jsonl`` a
-sample of ``slime_async.queue.QueueStatistics`` with each heartbeat.
+sample of ``slime_async.queue.QueueStatistics`` and of what actors say of their requests with each heartbeat.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SAMPLED = {
     "held_bytes": "Bytes queued and leased",
     "held_bytes_limit": "`batch.queue_bytes`",
     "busy_actors": "Actors with anything granted",
+    "running_requests": "Requests that engines sample for, of all actors, as each told last",
+    "waiting_requests": "The same of requests that wait for room in an engine, or for the end of a pause",
     "failures": "Episodes that failed, since the hub's start",
     "dropped": "Trajectories accepted and dropped with their groups",
     "masked_tokens": "Sampled tokens masked as stale, since the hub's start",

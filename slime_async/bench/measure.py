@@ -75,6 +75,8 @@ class Measurement:
     """Which SGLang servers it ran on"""
     core_speeds: dict[str, float] = field(default_factory=dict)
     """By device, where devices are CPU cores (``slime_async.bench.speed``)"""
+    running_requests: float | None = None
+    """That an engine sampled for at once: mean of what actors told with their heartbeats; older results have none"""
 
     def speed(self, devices: Iterable[int]) -> float:
         """Mean over these devices; 0 where nobody looked."""
@@ -155,6 +157,7 @@ def measure(run: RunData, mode: Mode, bench: BenchConfig, lengths: Mapping[int, 
         deaths=run.summary.actor_deaths + run.summary.hub_deaths + run.summary.learner_deaths,
         warmup_s=measured[0] - begin_s,
         timeline=_timeline(run.tracks, interval),
+        running_requests=requests_at_once(run.queue, measured, len(mode.actor_devices)),
     )
 
 
@@ -169,6 +172,12 @@ def device_computing(tracks: Sequence[Track], mode: Mode, interval: Interval) ->
         spans = [cut for track in tracks if track.process in processes for cut in _computing(track, tracks, interval)]
         fractions[str(device)] = total(union(spans)) / (interval[1] - interval[0])
     return fractions
+
+
+def requests_at_once(queue: Sequence[dict[str, Any]], measured: tuple[float, float], engines: int) -> float | None:
+    """Of an engine, the mean over the lines of ``queue.jsonl`` between two times; older releases' lines say nothing."""
+    lines = [line for line in queue if measured[0] <= line["time_s"] < measured[1] and "running_requests" in line]
+    return mean(line["running_requests"] for line in lines) / engines if lines else None
 
 
 def accuracy_curve(steps: Sequence[dict[str, Any]], begin_s: float) -> list[tuple[float, float]]:

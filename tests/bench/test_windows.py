@@ -5,6 +5,7 @@ import math
 import pytest
 
 from slime_async.bench.intervals import Estimate, estimate, rate, ratio, same_distribution
+from slime_async.bench.measure import requests_at_once
 from slime_async.bench.windows import cut
 
 
@@ -37,6 +38,12 @@ def test_steps_longer_than_a_window_make_fewer_windows_never_empty_ones() -> Non
 def test_too_little_to_measure_is_an_error() -> None:
     with pytest.raises(ValueError, match="fewer than two windows"):
         cut(steps(50.0, 2), 0.0, 5.0, 3, 10.0, 8)
+
+
+def test_requests_at_once_are_those_of_one_engine_within_the_windows() -> None:
+    queue = [{"time_s": float(second), "running_requests": 10 * second} for second in range(6)]
+    assert requests_at_once(queue, (2.0, 5.0), engines=2) == pytest.approx(15.0)
+    assert requests_at_once([{"time_s": 3.0, "running": 4}], (2.0, 5.0), engines=2) is None
 
 
 def test_an_interval_is_students() -> None:

@@ -35,6 +35,7 @@ from slime_async.trajectory import VersionSpan, WeightId
 from slime_async.transport.client import HubClient
 from slime_async.transport.errors import ConnectionLost
 from slime_async.transport.hub import Hub, Judge
+from slime_async.transport.observer import HubObserver
 from tests.transport.examples import make_trajectory
 
 DEADLINE_S = 60.0
@@ -237,8 +238,10 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(config: Config, judge: Judge | None = None) -> AsyncIterator[Stage]:
-    hub = Hub(config, "run-1", judge=judge)
+async def stage(
+    config: Config, judge: Judge | None = None, observer: HubObserver | None = None
+) -> AsyncIterator[Stage]:
+    hub = Hub(config, "run-1", judge=judge, observer=observer)
     await hub.start()
     running = asyncio.create_task(hub.run())
     try:
