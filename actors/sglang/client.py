@@ -6,12 +6,14 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
 from slime_async.actors.engine import EngineError, GenerateRequest
+from slime_async.actors.sglang.exchanges import Exchanges
 
 CONNECT_TIMEOUT_S = 10.0
 IDLE_S = 3.0
@@ -61,8 +63,10 @@ class SGLangClient:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         )
+        self._exchanges = Exchanges(name, self._post)
 
     async def close(self) -> None:
+        await self._exchanges.close()
         await self._session.close()
 
     async def ready(self, timeout_s: float) -> bool:
@@ -85,20 +89,25 @@ class SGLangClient:
         return reply
 
     async def generate(self, body: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one answer, until it is finished. Leaving early lets the server abort the request."""
+        """The chunks of one answer, until it is finished. Who leaves early aborts the request by its ``rid``."""
         seen = 0
-        async with self._call("POST", "/generate", {**body, "stream": True}, math.inf) as response:
-            await self._check(response, "/generate")
-            async for event in self._events(response):
-                if "error" in event:
-                    raise EngineRefused(f"{self._name}: /generate: {_message(event['error'])}")
+        async with aclosing(self._exchanges.ask({**body, "stream": True})) as events:
+            async for event in events:
                 meta = event["meta_info"]
                 new = int(meta["completion_tokens"]) - seen
                 seen += new
                 yield _chunk(event, meta, new)
                 if meta["finish_reason"] is not None:
                     return
-        raise EngineError(f"{self._name}: the stream of {body['rid']} ended before its answer did")
+
+    async def _post(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of one call of ``/generate``."""
+        async with self._call("POST", "/generate", body, math.inf) as response:
+            await self._check(response, "/generate")
+            async for event in self._events(response):
+                if "error" in event:
+                    raise EngineRefused(f"{self._name}: /generate: {_message(event['error'])}")
+                yield event
 
     async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events, each one JSON object; read by hand, as aiohttp's lines end at 64 kB."""

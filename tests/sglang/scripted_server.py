@@ -58,6 +58,11 @@ class Server:
                 await response.write(text[i : i + 50_000].encode())
         return response
 
+    def asked(self) -> list[str]:
+        """The ids of the requests that came, in order; several may have come in one call."""
+        ids = [body["rid"] for path, body in self.calls if path == "/generate"]
+        return [one for some in ids for one in (some if isinstance(some, list) else [some])]
+
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls if path not in ("/ready", "/server_info")]
 
