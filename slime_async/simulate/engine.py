@@ -126,6 +126,9 @@ class SimulatedEngine:
         self._advance(now)
         self.paused = paused
         self.epoch += 1
+        if not paused:
+            self._let_in_by_s = math.inf
+            self._look()
 
     def fail(self, now: float) -> None:
         """Everything it had is gone."""
@@ -165,13 +168,11 @@ class SimulatedEngine:
         return self._model.max_running - self.running
 
     def _look(self) -> None:
-        """Let those in that wait at the door, if they are enough."""
+        """Let those in that wait at the door, if they are enough and it is open, as it is but in pauses."""
         room = self._room
-        if not self._at_door or room <= 0:
+        if not self._at_door or room <= 0 or self.paused:
             return
-        if self.paused:
-            self._let_in(room)
-        elif entering := self._bunches.entering(len(self._at_door), self.running, room):
+        if entering := self._bunches.entering(len(self._at_door), self.running, room):
             self._let_in(entering)
         elif self._let_in_by_s == math.inf:
             self._let_in_by_s = self._time_s + self._bunches.patience_s

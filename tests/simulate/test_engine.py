@@ -98,8 +98,18 @@ def test_who_waits_at_the_door_when_weights_change_is_not_forgotten() -> None:
     simulated = crowded(wait_s=STEP_S)
     simulated.submit(Request(8, 50.0), 10 * STEP_S)
     simulated.pause(10 * STEP_S, True)
+    simulated.submit(Request(9, 50.0), 12 * STEP_S)
+    assert simulated.running == 8
     simulated.pause(15 * STEP_S, False)
-    assert simulated.next_end_s() == pytest.approx(15 * STEP_S)
+    assert simulated.running == 10
+
+
+def test_fewer_than_a_bunch_wait_anew_after_a_pause() -> None:
+    simulated = crowded(wait_s=STEP_S)
+    simulated.submit(Request(8, 50.0), 10 * STEP_S)
+    simulated.pause(10.5 * STEP_S, True)
+    simulated.pause(15 * STEP_S, False)
+    assert simulated.next_end_s() == pytest.approx(16 * STEP_S)
     simulated.finish(simulated.next_end_s())
     assert simulated.running == 9
 
