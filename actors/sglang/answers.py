@@ -31,6 +31,7 @@ class Answer:
     """Its owner wants it to end"""
     cutoff: asyncio.Timeout | None = None
     """Ends the wait for the server, when there is nothing to be waited for"""
+    _submissions: int = 0
     _spans: list[VersionSpan] = field(default_factory=list)
     _first: int = 0
     """Where the current submission's tokens begin"""
@@ -39,16 +40,25 @@ class Answer:
     _routes: list[tuple[int, Routes]] = field(default_factory=list)
 
     @property
+    def rid(self) -> str:
+        """The latest submission's name. Each has its own: two seconds after a call is over, SGLang aborts all that was
+        in it, by name."""
+        request_id = self.request.request_id
+        return request_id if self._submissions < 2 else f"{request_id}-{self._submissions}"
+
+    @property
     def sampling_now(self) -> bool:
         return self.submitted and len(self.output_ids) > self._first
 
     def submit(self, weights: WeightId) -> GenerateRequest:
         """The request for what is missing, at the moment when it goes to a server that holds ``weights``."""
         self.submitted, self.cut_by = True, None
+        self._submissions += 1
         self._first, self._sent_under, self._stamps = len(self.output_ids), weights, ChunkStamps()
         sampling = self.request.sampling
         return replace(
             self.request,
+            request_id=self.rid,
             prompt_ids=[*self.request.prompt_ids, *self.output_ids],
             sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(self.output_ids)),
             resumed_tokens=self.request.resumed_tokens + len(self.output_ids),

@@ -244,7 +244,7 @@ class SGLangEngine:
             broken.partial = answer.generation("abort")
             raise broken from error
         except asyncio.CancelledError:
-            self._abort_in_background(request.request_id)
+            self._abort_in_background(answer.rid)
             raise
         finally:
             del self._answers[request.request_id]
@@ -326,25 +326,25 @@ class SGLangEngine:
             return  # just finished, or a prefix of another's id, which the server would take for that
         answer.aborted = True
         if answer.submitted:
-            await self._abort_in_server(request_id)
+            await self._abort_in_server(answer.rid)
         else:
             self._door.excuse(request_id)
         await self._notify()
 
-    async def _abort_in_server(self, request_id: str) -> None:
-        await self._check_alive().post("/abort_request", {"rid": request_id}, CONTROL_TIMEOUT_S)
+    async def _abort_in_server(self, rid: str) -> None:
+        await self._check_alive().post("/abort_request", {"rid": rid}, CONTROL_TIMEOUT_S)
 
-    def _abort_in_background(self, request_id: str) -> None:
+    def _abort_in_background(self, rid: str) -> None:
         """For an owner who has left: the server would find out by itself, but later."""
 
         async def abort() -> None:
             try:
-                await self._abort_in_server(request_id)
+                await self._abort_in_server(rid)
             except EngineError as error:
                 if self._failure is None:  # else the server goes, and its requests with it
-                    log.warning("request %s was given up, but not taken back: %s", request_id, error)
+                    log.warning("request %s was given up, but not taken back: %s", rid, error)
 
-        task = asyncio.create_task(abort(), name=f"abort {request_id}")
+        task = asyncio.create_task(abort(), name=f"abort {rid}")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

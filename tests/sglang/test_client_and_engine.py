@@ -254,6 +254,41 @@ def test_a_server_that_does_not_come_back_from_a_collective_is_given_up(checkpoi
     run(test())
 
 
+def test_what_a_pause_cut_is_submitted_under_another_name(checkpoint: Path) -> None:
+    """SGLang aborts by name what was in a call, two seconds after it."""
+
+    async def test() -> None:
+        cut = asyncio.Event()
+
+        async with serving(checkpoint) as (server, engine):
+
+            async def generate_until_cut(request: web.Request) -> web.StreamResponse:
+                await cut.wait()
+                return await server.stream(request)
+
+            async def abort(_: web.Request) -> web.StreamResponse:
+                cut.set()
+                return web.json_response({})
+
+            server.answers |= {"/generate": generate_until_cut, "/abort_request": abort}
+            server.events = [event([], 0, "abort")]
+            answer = asyncio.create_task(engine.generate(ask()))
+            while "/generate" not in server.paths():
+                await asyncio.sleep(0.01)
+            await engine.pause(PauseMode.ABORT)
+            cut.clear()
+            await engine.resume()
+            while len(server.asked()) < 2:
+                await asyncio.sleep(0.01)
+            server.events = [event([7], 1, "abort")]
+            await engine.abort("0123")
+            assert (await answer).output_ids == [7]
+            assert server.asked() == ["0123", "0123-2"]
+            assert [body["rid"] for path, body in server.calls if path == "/abort_request"] == ["", "0123-2"]
+
+    run(test())
+
+
 def test_an_engine_that_failed_is_closed_while_its_requests_are_being_given_up(checkpoint: Path) -> None:
     """The pool closes at once what failed a command: the request's own deadline is then expiring already."""
 
