@@ -118,6 +118,7 @@ class Conversation:
         """The latest"""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed: Exception | None = None
+        self._loop = asyncio.get_running_loop()
 
     @property
     def silent_s(self) -> float:
@@ -139,10 +140,9 @@ class Conversation:
         self._check_open()
         call_id = next(self._ids)
         frames = encode(message, call_id=call_id, limits=self._limits)
-        loop = asyncio.get_running_loop()
-        call = _Call(frames, loop.create_future(), retry)
+        call = _Call(frames, self._loop.create_future(), retry)
         self._calls[call_id] = call
-        timer = loop.call_later(timeout_s, self._expire, call, type(message).__name__, timeout_s)
+        timer = self._loop.call_later(timeout_s, self._expire, call, type(message).__name__, timeout_s)
         try:
             if first or not self.suspended:
                 call.sending = self._put(frames)
@@ -220,7 +220,7 @@ class Conversation:
             if isinstance(outcome, Message):
                 self._reply(outcome, call_id)
             elif outcome is not None:
-                task = asyncio.get_running_loop().create_task(outcome)
+                task = self._loop.create_task(outcome)
                 self._tasks.add(task)
                 task.add_done_callback(partial(self._done, call_id))
 

@@ -225,6 +225,7 @@ class Outbox:
         self._blocked = 0
         """Of the first that wait, how many have found no room"""
         self._progress_at = 0.0
+        self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call on Python 3.11
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -238,7 +239,7 @@ class Outbox:
         if not self._waiting:
             self._progress_at = time.monotonic()
             self._flush_soon()
-        sent = asyncio.get_running_loop().create_future()
+        sent = self._loop.create_future()
         self._waiting.append((message, sent))
         if self._blocked:
             self._blocked += 1
