@@ -116,10 +116,9 @@ class Frames:
 
     def end(self) -> None:
         """Raises ``BadMessage`` unless everything was taken."""
-        unread = sum(1 for _ in self._rest)
-        if unread or self._position != self._frame.nbytes:
-            left = self._frame.nbytes - self._position
-            raise BadMessage(f"has {left} bytes and {unread} raw frames more than its header names")
+        left, rest = self._frame.nbytes - self._position, list(self._rest)
+        if left or rest:
+            raise BadMessage(f"has {left} bytes and {len(rest)} raw frames more than its header names")
 
 
 def check_sizes(frames: Sequence[Buffer], limits: Limits) -> None:

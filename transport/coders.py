@@ -27,7 +27,6 @@ import operator
 import reprlib
 import types
 from collections.abc import Callable, Collection, Sequence
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -172,22 +171,12 @@ def _mapping(item: Coder) -> Coder:
     return Coder(None if encode_item is None else encode, decode)
 
 
-def _row(names: Sequence[str], coders: Sequence[Coder]) -> Callable[[list[Any], Frames], None]:
-    """Decodes one value per name, in place. Most are plain: looking at their type saves a call for each."""
-    steps = tuple((i, c.plain, c.decode) for i, c in enumerate(coders))
-
-    def decode(row: list[Any], frames: Frames) -> None:
-        i = 0
-        try:
-            for i, plain, decode_value in steps:
-                value = row[i]
-                kind = type(value)
-                if kind is not plain or (kind is int and value > INT_MAX):
-                    row[i] = decode_value(value, frames)
-        except BadMessage as bad:
-            raise bad.within(names[i]) from None
-
-    return decode
+def _compiled(source: str, names: dict[str, Any]) -> Callable[[Any, Any], Any]:
+    """The function ``made`` that ``source`` defines, as ``dataclasses`` makes methods: one line per field runs faster
+    than a loop over the fields. Source is made of annotations, never of anything that came in."""
+    exec(source, names)
+    made: Callable[[Any, Any], Any] = names["made"]
+    return made
 
 
 def _named_tuple(kind: Any) -> Coder:
@@ -196,25 +185,13 @@ def _named_tuple(kind: Any) -> Coder:
     coders = [coder(hints[n]) for n in names]
     if any(c.encode is not None for c in coders):
         raise TypeError(f"{kind.__name__} needs coding: only tuples of ints, strs and such tuples go as they are")
-    decode_row, make = _row(names, coders), kind._make
 
-    def decode(raw: Any, frames: Frames) -> Any:
-        if type(raw) is not list or len(raw) != len(names):
-            raise wants(f"{kind.__name__}({', '.join(names)})", raw)
-        decode_row(raw, frames)
-        return make(raw)
+    def refused(raw: Any) -> BadMessage:
+        return wants(f"{kind.__name__}({', '.join(names)})", raw)
 
-    return Coder(None, decode)
-
-
-def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """The attributes as a tuple, however many there are: ``attrgetter`` is fast, but of one gives no tuple."""
-    if len(names) > 1:
-        return attrgetter(*names)
-    if not names:
-        return lambda _: ()
-    only = attrgetter(*names)
-    return lambda value: (only(value),)
+    wrong = f"type(raw) is not list or len(raw) != {len(names)}"
+    build = functools.partial(tuple.__new__, kind)  # as _make does, without a call of Python's
+    return Coder(None, _decoder(names, coders, wrong, refused, "raw", build, "build([{}])"))
 
 
 def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
@@ -222,34 +199,84 @@ def fields_coder(cls: Any, build: Callable[..., Any]) -> Coder:
     hints = get_type_hints(cls)
     names = tuple(f.name for f in dataclasses.fields(cls))
     coders = [coder(hints[n]) for n in names]
-    encoders = tuple((n, c.plain, c.encode) for n, c in zip(names, coders, strict=True) if c.encode is not None)
-    values, decode_row = _getter(names), _row(names, coders)
 
-    def encode(value: Any, frames: list[Buffer]) -> Any:
-        if not isinstance(value, cls):
-            raise wants(cls.__name__, value)
-        raw = dict(zip(names, values(value), strict=True))
-        for name, plain, encode_field in encoders:
-            if type(raw[name]) is not plain:
-                try:
-                    raw[name] = encode_field(raw[name], frames)
-                except BadMessage as bad:
-                    raise bad.within(name) from None
-        return raw
-
-    def decode(raw: Any, frames: Frames) -> Any:
+    def refused(raw: Any) -> BadMessage:
         if type(raw) is not dict:
-            raise wants(f"a map of {cls.__name__}'s fields", raw)
-        if tuple(raw) != names:
-            raise BadMessage(f"{cls.__name__} has fields {list(names)} in this order, got {reprlib.repr(list(raw))}")
-        row = list(raw.values())
-        decode_row(row, frames)
-        try:
-            return build(*row)
-        except ValueError as error:
-            raise BadMessage(str(error)) from None
+            return wants(f"a map of {cls.__name__}'s fields", raw)
+        return BadMessage(f"{cls.__name__} has fields {list(names)} in this order, got {reprlib.repr(list(raw))}")
 
-    return Coder(encode, decode)
+    wrong = f"type(raw) is not dict or (*raw,) != {names}"
+    return Coder(_encoder(cls, names, coders), _decoder(names, coders, wrong, refused, "raw.values()", build))
+
+
+def _encoder(cls: Any, names: Sequence[str], coders: Sequence[Coder]) -> Encode:
+    """Of a dataclass: the map of its fields."""
+    given: dict[str, Any] = {"cls": cls, "names": names, "wants": wants, "BadMessage": BadMessage}
+    steps: list[str] = []
+    for i, (name, c) in enumerate(zip(names, coders, strict=True)):
+        steps.append(f"v{i} = value.{name}")
+        if c.encode is not None:
+            given |= {f"plain{i}": c.plain, f"encode{i}": c.encode}
+            unless_plain = f"if type(v{i}) is not plain{i}: " if c.plain else ""
+            steps.append(f"{unless_plain}at = {i}; v{i} = encode{i}(v{i}, frames)")
+    body = "\n        ".join(steps or ["pass"])
+    entries = ", ".join(f"{name!r}: v{i}" for i, name in enumerate(names))
+    return _compiled(
+        f"""
+def made(value, frames):
+    if not isinstance(value, cls):
+        raise wants(cls.__name__, value)
+    at = 0
+    try:
+        {body}
+    except BadMessage as bad:
+        raise bad.within(names[at]) from None
+    return {{{entries}}}
+""",
+        given,
+    )
+
+
+def _decoder(
+    names: Sequence[str],
+    coders: Sequence[Coder],
+    wrong: str,
+    refused: Callable[[Any], BadMessage],
+    values: str,
+    build: Callable[..., Any],
+    result: str = "build({})",
+) -> Decode:
+    """Of one value per name: raises ``refused(raw)`` if ``wrong``, decodes each of ``values``; they go into ``result``.
+
+    Most are plain: looking at their type saves a call for each.
+    """
+    given: dict[str, Any] = {"names": names, "refused": refused, "build": build, "BadMessage": BadMessage}
+    variables = [f"v{i}" for i in range(len(names))]
+    steps: list[str] = []
+    for i, (v, c) in enumerate(zip(variables, coders, strict=True)):
+        given |= {f"plain{i}": c.plain, f"decode{i}": c.decode}
+        too_large = f" or {v} > {INT_MAX}" if c.plain is int else ""
+        unless_plain = f"if type({v}) is not plain{i}{too_large}: " if c.plain else ""
+        steps.append(f"{unless_plain}at = {i}; {v} = decode{i}({v}, frames)")
+    body = "\n        ".join(steps or ["pass"])
+    return _compiled(
+        f"""
+def made(raw, frames):
+    if {wrong}:
+        raise refused(raw)
+    [{", ".join(variables)}] = {values}
+    at = 0
+    try:
+        {body}
+    except BadMessage as bad:
+        raise bad.within(names[at]) from None
+    try:
+        return {result.format(", ".join(variables))}
+    except ValueError as error:
+        raise BadMessage(str(error)) from None
+""",
+        given,
+    )
 
 
 def union(kinds: Sequence[Any]) -> Coder:
@@ -287,13 +314,15 @@ def union(kinds: Sequence[Any]) -> Coder:
 def _array(wanted: np.dtype[Any] | None) -> Coder:
     """Any array, or a column of ``wanted``."""
     most_dimensions = None if wanted is None else 1
+    names = NAMES if wanted is None else {wanted: NAMES[wanted]}
+    dtypes = {name: dtype for dtype, name in names.items()}
 
     def encode(value: Any, frames: list[Buffer]) -> Any:
         if not isinstance(value, np.ndarray):
             raise wants("a numpy array", value)
         dtype, shape = value.dtype, value.shape
-        name = NAMES.get(dtype)
-        if name is None or (wanted is not None and dtype != wanted):
+        name = names.get(dtype)
+        if name is None:
             raise BadMessage(f"wants dtype {wanted or f'among {_DTYPE_NAMES}'}, got {dtype.str}: convert it first")
         if wanted is not None and len(shape) != 1:
             raise BadMessage(f"wants one dimension, got shape {shape}")
@@ -307,8 +336,8 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
         if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not str or type(raw[1]) is not list:
             raise wants("[dtype, shape]", raw)
         name, shape = raw
-        dtype = DTYPES.get(name)
-        if dtype is None or (wanted is not None and dtype != wanted):
+        dtype = dtypes.get(name)
+        if dtype is None:
             raise BadMessage(f"wants dtype {wanted or f'among {_DTYPE_NAMES}'}, got {reprlib.repr(name)}")
         if not 1 <= len(shape) <= (most_dimensions or frames.limits.dimensions):
             raise BadMessage(f"has shape {reprlib.repr(shape)}: too few or too many dimensions")

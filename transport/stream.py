@@ -151,16 +151,16 @@ class Stream:
 
     def read(self, most: int) -> int:
         """Hand on up to ``most`` messages that are here already; returns how many."""
-        recv = self.socket.recv
+        recv: Callable[..., Any] = self.socket.recv
         for done in range(most):
             try:
                 frame = recv(_LAST, False, False)
             except zmq.Again:
                 return done
-            frames = [frame.buffer]
+            frames = [memoryview(frame)]
             while frame.more:
                 frame = recv(_LAST, False, False)
-                frames.append(frame.buffer)
+                frames.append(memoryview(frame))
             self._on_frames(frames)
             if self.closed:
                 return done
