@@ -28,6 +28,9 @@ ERROR_TEXT_CHARACTERS = 4000
 MAX_UNATTENDED = 256
 """Notes that may wait for room with nobody waiting for them"""
 
+TIMER_RESOLUTION_S = 0.001
+"""Of uvloop: timers may be this early"""
+
 ANSWERABLE = (ValueError, RemoteError, DeadlineExceeded, ConnectionLost)
 """What a handler may raise to answer its caller with an ``ErrorReply``; anything else is a bug of the handler's"""
 
@@ -46,8 +49,11 @@ OnNote = Callable[[Message], Coroutine[Any, Any, None] | None]
 
 @dataclass(slots=True)
 class _Call:
+    kind: type[Message]
     frames: Sequence[Buffer]
     """While they may have to be sent (again)"""
+    timeout_s: float
+    deadline: float
     reply: asyncio.Future[Message]
     retry: bool
     sending: asyncio.Future[None] | None = None
@@ -114,6 +120,8 @@ class Conversation:
         self._traffic = traffic
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._acknowledgement: _Acknowledgement | None = None
         """The latest"""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -140,9 +148,11 @@ class Conversation:
         self._check_open()
         call_id = next(self._ids)
         frames = encode(message, call_id=call_id, limits=self._limits)
-        call = _Call(frames, self._loop.create_future(), retry)
+        deadline = time.monotonic() + timeout_s
+        call = _Call(type(message), frames, timeout_s, deadline, self._loop.create_future(), retry)
         self._calls[call_id] = call
-        timer = self._loop.call_later(timeout_s, self._expire, call, type(message).__name__, timeout_s)
+        if self._timer is None or deadline < self._timer_at:
+            self._wake_at(deadline)
         try:
             if first or not self.suspended:
                 call.sending = self._put(frames)
@@ -151,7 +161,6 @@ class Conversation:
             del frames  # large ones are not needed while the reply is waited for
             return await call.reply
         finally:
-            timer.cancel()
             self._calls.pop(call_id, None)
             if call.sending is not None:
                 call.sending.cancel()
@@ -177,9 +186,23 @@ class Conversation:
     def _count_blocked(self, messages: int) -> None:
         self._traffic.blocked += messages
 
-    def _expire(self, call: _Call, name: str, timeout_s: float) -> None:
-        if not call.reply.done():
-            call.reply.set_exception(DeadlineExceeded(f"{self.other} did not answer {name} within {timeout_s:g} s"))
+    def _wake_at(self, deadline: float) -> None:
+        """One timer for all calls, at the first deadline: most are answered long before, and one for each is dear."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        due = time.monotonic() + TIMER_RESOLUTION_S
+        waiting = [call for call in self._calls.values() if not call.reply.done()]
+        for call in waiting:
+            if call.deadline <= due:
+                problem = f"{self.other} did not answer {call.kind.__name__} within {call.timeout_s:g} s"
+                call.reply.set_exception(DeadlineExceeded(problem))
+        if later := [call.deadline for call in waiting if call.deadline > due]:
+            self._wake_at(min(later))
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -316,6 +339,8 @@ class Conversation:
         """Idempotent. Calls in flight fail with ``error``, handlers are cancelled."""
         if self._closed is None:
             self._closed = error
+            if self._timer is not None:
+                self._timer.cancel()
             self.outbox.fail(error)
             for call in self._calls.values():
                 if not call.reply.done():

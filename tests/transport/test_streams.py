@@ -378,3 +378,39 @@ def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
             assert "Delivered.outcome" in str(outcome)
 
     run(scenario())
+
+
+def test_each_call_ends_at_its_own_deadline_whatever_order_they_are_made_in() -> None:
+    async def scenario() -> None:
+        talk = Conversation(
+            "peer",
+            lambda frames: True,
+            lambda: None,
+            on_call=unexpected,
+            on_note=unexpected,
+            on_bug=unexpected,
+            on_bad=unexpected,
+            limits=DEFAULT_LIMITS,
+            traffic=Traffic(),
+        )
+        ended: list[float] = []
+
+        async def call(timeout_s: float) -> None:
+            with pytest.raises(DeadlineExceeded, match=f"did not answer GetStatus within {timeout_s:g} s"):
+                await talk.call(GetStatus(), timeout_s)
+            ended.append(timeout_s)
+
+        answered = asyncio.create_task(talk.call(GetStatus(), 0.01))
+        await asyncio.sleep(0)
+        talk.take(Envelope(Ok(), 1, True))
+        assert await answered == Ok()
+        unanswered = asyncio.create_task(talk.call(GetStatus(), 60))
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(call(timeout_s) for timeout_s in (0.3, 0.1, 0.2, 0)))
+        assert ended == [0, 0.1, 0.2, 0.3]
+        assert not unanswered.done()
+        talk.close(ConnectionLost("closed"))
+        with pytest.raises(ConnectionLost, match="closed"):
+            await unanswered
+
+    run(scenario())
