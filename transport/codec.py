@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgpack
@@ -63,8 +62,7 @@ class Envelope(NamedTuple):
     also: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedTrajectory:
+class EncodedTrajectory(NamedTuple):
     """A trajectory as bytes; accepted by ``encode`` wherever a message holds a trajectory."""
 
     header: bytes
@@ -226,9 +224,9 @@ def _open_envelope(raw: Any) -> tuple[int, bool, tuple[int, ...], Any]:
     version, call_id, reply, *body = raw
     if type(version) is not int or type(call_id) is not int or not 0 <= call_id <= INT_MAX or type(reply) is not bool:
         raise wants("[version, call id, reply, [kind, fields]]", raw)
-    is_error = len(body) == 1 and type(body[0]) is list and body[0][:1] == [ErrorReply.__name__]
     also: Any = body.pop() if reply and len(body) == 2 and version == PROTOCOL_VERSION else []
-    if len(body) != 1 or not _are_more_calls(also) or (version != PROTOCOL_VERSION and not is_error):
+    is_readable = version == PROTOCOL_VERSION or _is_error_reply(body)
+    if len(body) != 1 or not is_readable or (also != [] and not _are_more_calls(also)):
         problem = f"peer speaks protocol version {version}, this side {PROTOCOL_VERSION}: install the same release"
         if version == PROTOCOL_VERSION:
             problem = f"envelope has {len(raw)} entries: not 4, nor 5 with the further call ids of a reply"
@@ -236,6 +234,10 @@ def _open_envelope(raw: Any) -> tuple[int, bool, tuple[int, ...], Any]:
         bad.call_id, bad.reply = call_id, reply
         raise bad
     return call_id, reply, tuple(also), body[0]
+
+
+def _is_error_reply(body: list[Any]) -> bool:
+    return len(body) == 1 and type(body[0]) is list and body[0][:1] == [ErrorReply.__name__]
 
 
 def _are_more_calls(also: Any) -> bool:

@@ -346,8 +346,7 @@ def _array(wanted: np.dtype[Any] | None) -> Coder:
             if type(n) is not int or n < 0:
                 raise wants("lengths ≥ 0 as shape", shape)
             size *= n
-        frame = frames.take(size)
-        array = np.frombuffer(frame, dtype)  # read-only, as the frame is
+        array = np.frombuffer(frames.take(size), dtype)  # read-only, as the frame is
         if not array.flags.aligned:  # small messages come at any address of the socket's read buffer
             array = array.copy()
             array.flags.writeable = False
