@@ -172,8 +172,10 @@ def _mapping(item: Coder) -> Coder:
 
 
 def _compiled(source: str, names: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    """The function ``made`` that ``source`` defines, as ``dataclasses`` makes methods: one line per field runs faster
-    than a loop over the fields. Source is made of annotations, never of anything that came in."""
+    """The function ``made`` that ``source`` defines: a line per field runs faster than a loop over the fields.
+
+    As ``dataclasses`` does it; the source comes from our annotations, never from what came in.
+    """
     exec(source, names)
     made: Callable[[Any, Any], Any] = names["made"]
     return made
