@@ -45,6 +45,16 @@ def fetch_table(fetch: dict[str, Any]) -> str:
     )
 
 
+def rates_tables(*transports: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            *(f"{rates_table(transport)}\n" for transport in transports),
+            "Raw pyzmq has the same sockets, high-water marks and acknowledgements, but no codec, checks or loop. The",
+            "one piece was made beforehand; the arrays are those of the trajectory, a frame each.",
+        ]
+    )
+
+
 def rates_table(transport: dict[str, Any]) -> str:
     cells = {(row["size"], row["way"]): row for row in transport["rows"]}
     rows = [
@@ -61,11 +71,12 @@ def rates_table(transport: dict[str, Any]) -> str:
             "| way | 64 KiB: messages/s | 1 MiB: GB/s | 16 MiB: GB/s | CPU s/GB at 1 MiB |",
             "|---|---|---|---|---|",
             *rows,
-            "",
-            "Raw pyzmq has the same sockets, high-water marks and acknowledgements, but no codec, checks or loop. The",
-            "one piece was made beforehand; the arrays are those of the trajectory, a frame each.",
         ]
     )
+
+
+def curve_tables(*transports: dict[str, Any]) -> str:
+    return "\n\n".join(map(curve_table, transports))
 
 
 def curve_table(transport: dict[str, Any]) -> str:
@@ -76,13 +87,13 @@ def curve_table(transport: dict[str, Any]) -> str:
         for way, name in CURVE.items()
     ]
     head = ["| | 64 KiB: messages/s | 1 MiB: GB/s | CPU s/GB at 1 MiB |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows, "", f"Both ends share {transport['machine'].split(',')[0]} here."])
+    return "\n".join([f"Both ends on {transport['machine'].split(',')[0]}:", "", *head, *rows])
 
 
 def main() -> None:
-    page, transport = PAGE.read_text(), results("transport")
+    page, transports = PAGE.read_text(), (results("transport"), results("transport_many_cores"))
     tables = {"FETCH": fetch_table(results("fetch"))}
-    tables |= {"TRANSPORT": rates_table(transport), "CURVE": curve_table(transport)}
+    tables |= {"TRANSPORT": rates_tables(*transports), "CURVE": curve_tables(*transports)}
     for name, table in tables.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
         after = rest.partition("\n<!-- end -->")[2]
