@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -13,18 +14,23 @@ CALL_TIMEOUT_S = 10.0
 
 
 async def observe(config: Config, directory: Path, address: str) -> None:
-    """Show progress until cancelled. A lost hub ends the view with a line, not the run: the supervisor judges."""
+    """Show progress until the hub tells that the run is over. A lost hub ends the view with a line, not the run: the
+    supervisor judges."""
     from slime_async.cli.live import has_terminal, watch_live
     from slime_async.transport.client import HubClient
     from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
     from slime_async.transport.security import client_security
 
-    over = False
+    told, over = False, asyncio.Event()
 
     async def take(message: Message) -> None:
-        """Why the run ends, the processes' exits tell; here it makes the hub's going expected."""
-        nonlocal over
-        over = over or isinstance(message, Shutdown)
+        """Why the run ends, the processes' exits tell; here it makes the hub's going expected. One that failed may come
+        back."""
+        nonlocal told
+        if isinstance(message, Shutdown):
+            told = True
+            if not message.failed:
+                over.set()
 
     try:
         client = await HubClient.connect(
@@ -43,15 +49,24 @@ async def observe(config: Config, directory: Path, address: str) -> None:
         assert isinstance(reply, RunStatus), reply
         return reply
 
-    try:
+    async def view() -> None:
         if config.run.view == "auto" and has_terminal():
             await watch_live(status, config, directory)
         else:
             await watch(status, _show, config.staleness.max_staleness, config.run.log_interval_s)
+
+    tasks = viewing, _ = asyncio.create_task(view()), asyncio.create_task(over.wait())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if viewing.done():
+            await viewing
     except (ConnectionLost, DeadlineExceeded, RemoteError) as error:
-        if not over:
+        if not told:
             print(f"no progress view any more: {error}", flush=True)
     finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await client.close()
 
 
