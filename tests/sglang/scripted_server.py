@@ -58,6 +58,21 @@ class Server:
                 await response.write(text[i : i + 50_000].encode())
         return response
 
+    def answer_once_cut(self) -> asyncio.Event:
+        """``/generate`` answers once an abort has come, or the event is set by the test."""
+        cut = asyncio.Event()
+
+        async def generate(request: web.Request) -> web.StreamResponse:
+            await cut.wait()
+            return await self.stream(request)
+
+        async def abort(_: web.Request) -> web.StreamResponse:
+            cut.set()
+            return web.json_response({})
+
+        self.answers |= {"/generate": generate, "/abort_request": abort}
+        return cut
+
     def asked(self) -> list[str]:
         """The ids of the requests that came, in order; several may have come in one call."""
         ids = [body["rid"] for path, body in self.calls if path == "/generate"]

@@ -258,19 +258,8 @@ def test_what_a_pause_cut_is_submitted_under_another_name(checkpoint: Path) -> N
     """SGLang aborts by name what was in a call, two seconds after it."""
 
     async def test() -> None:
-        cut = asyncio.Event()
-
         async with serving(checkpoint) as (server, engine):
-
-            async def generate_until_cut(request: web.Request) -> web.StreamResponse:
-                await cut.wait()
-                return await server.stream(request)
-
-            async def abort(_: web.Request) -> web.StreamResponse:
-                cut.set()
-                return web.json_response({})
-
-            server.answers |= {"/generate": generate_until_cut, "/abort_request": abort}
+            cut = server.answer_once_cut()
             server.events = [event([], 0, "abort")]
             answer = asyncio.create_task(engine.generate(ask()))
             while "/generate" not in server.paths():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from slime_async import bunches
 from slime_async.actors.engine import EngineError, PauseMode
@@ -268,19 +267,8 @@ def test_an_answer_that_an_update_cut_short_goes_on_before_others_begin(checkpoi
     limit = {"internal_states": [{"effective_max_running_requests_per_dp": 1}]}
 
     async def test() -> None:
-        cut = asyncio.Event()
-
         async with serving(checkpoint, arguments=limit) as (server, engine):
-
-            async def generate_until_cut(request: web.Request) -> web.StreamResponse:
-                await cut.wait()
-                return await server.stream(request)
-
-            async def abort(_: web.Request) -> web.StreamResponse:
-                cut.set()
-                return web.json_response({})
-
-            server.answers |= {"/generate": generate_until_cut, "/abort_request": abort}
+            server.answer_once_cut()
             server.events = [event([7], 1, "abort")]
             first = asyncio.create_task(engine.generate(ask()))
             other = asyncio.create_task(engine.generate(replace(ask(), request_id="other")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -357,19 +358,24 @@ def test_an_acknowledgement_waits_with_at_most_eight_calls_and_stays_in_order() 
     run(scenario())
 
 
+def talking_to_nobody(on_bad: Callable[[BadMessage], None]) -> Conversation:
+    """What is sent arrives nowhere."""
+    return Conversation(
+        "peer",
+        lambda frames: True,
+        lambda: None,
+        on_call=unexpected,
+        on_note=unexpected,
+        on_bug=unexpected,
+        on_bad=on_bad,
+        limits=DEFAULT_LIMITS,
+        traffic=Traffic(),
+    )
+
+
 def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
     async def scenario() -> None:
-        talk = Conversation(
-            "peer",
-            lambda frames: True,
-            lambda: None,
-            on_call=unexpected,
-            on_note=unexpected,
-            on_bug=unexpected,
-            on_bad=lambda bad: None,
-            limits=DEFAULT_LIMITS,
-            traffic=Traffic(),
-        )
+        talk = talking_to_nobody(on_bad=lambda bad: None)
         calls = [asyncio.create_task(talk.call(GetStatus(), 10)) for _ in range(3)]
         await asyncio.sleep(0)
         talk.receive([msgpack.packb([PROTOCOL_VERSION, 1, True, ["Delivered", {"outcome": "lost"}], [2, 3]])])
@@ -382,17 +388,7 @@ def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
 
 def test_each_call_ends_at_its_own_deadline_whatever_order_they_are_made_in() -> None:
     async def scenario() -> None:
-        talk = Conversation(
-            "peer",
-            lambda frames: True,
-            lambda: None,
-            on_call=unexpected,
-            on_note=unexpected,
-            on_bug=unexpected,
-            on_bad=unexpected,
-            limits=DEFAULT_LIMITS,
-            traffic=Traffic(),
-        )
+        talk = talking_to_nobody(on_bad=unexpected)
         ended: list[float] = []
 
         async def call(timeout_s: float) -> None:
