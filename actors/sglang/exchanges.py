@@ -94,14 +94,13 @@ class _Exchange:
     def __init__(self, name: str, asked: Sequence[_Asked]) -> None:
         self._name = name
         self._asked = asked
-        self._open = len(asked)
         for one in asked:
             one.exchange = self
 
     def leave(self, asked: _Asked) -> None:
         """Nobody waits for this answer any more."""
-        self._end(asked)
-        if not self._open:
+        asked.over = True
+        if self._is_over:
             self.task.cancel()
 
     async def run(self, post: Post) -> None:
@@ -111,8 +110,8 @@ class _Exchange:
                 one = self._asked[event.get("index", 0)]
                 one.pieces.put_nowait(event)
                 if event["meta_info"]["finish_reason"] is not None:
-                    self._end(one)
-                    if not self._open:
+                    one.over = True
+                    if self._is_over:
                         return
 
     def tell(self, task: asyncio.Task[None]) -> None:
@@ -129,9 +128,9 @@ class _Exchange:
             return type(error)(str(error))
         return EngineError(f"{self._name}: /generate: {type(error).__name__}: {error}")
 
-    def _end(self, asked: _Asked) -> None:
-        self._open -= not asked.over
-        asked.over = True
+    @property
+    def _is_over(self) -> bool:
+        return all(one.over for one in self._asked)
 
 
 def together(bodies: Sequence[Body]) -> Body:

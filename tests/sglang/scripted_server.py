@@ -111,6 +111,12 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
+async def settled(turns: int = 5) -> None:
+    """Whatever can go on without a clock or a socket has done so."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
 def event(ids: list[int], count: int, reason: str | None = None, **meta: Any) -> dict[str, Any]:
     """A chunk whose ids come from position ``count - len(ids)``; log-probs are the ids' negatives."""
     pairs = [[-float(i), i, None] for i in ids]

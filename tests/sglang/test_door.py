@@ -16,7 +16,7 @@ from slime_async.actors.engine import EngineError, PauseMode
 from slime_async.actors.sglang.client import running_at_most
 from slime_async.actors.sglang.door import Door
 from slime_async.bunches import Bunches
-from tests.sglang.scripted_server import ask, event, run, serving
+from tests.sglang.scripted_server import ask, event, run, serving, settled
 from tests.sglang.test_client_and_engine import hang
 
 NEVER_S = 3600.0
@@ -56,11 +56,6 @@ class Visitors:
             await self._tasks[number]
         if number in self.inside:
             self.inside.remove(number)
-
-
-async def settled() -> None:
-    for _ in range(3):
-        await asyncio.sleep(0)
 
 
 def visiting(fraction: float, wait_s: float, test: Callable[[Visitors], Awaitable[None]]) -> None:

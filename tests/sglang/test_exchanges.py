@@ -15,7 +15,7 @@ from aiohttp import web
 from slime_async.actors.engine import EngineError, Generation
 from slime_async.actors.sglang.client import EngineRefused
 from slime_async.actors.sglang.exchanges import MOST_TOGETHER, Body, Event, Exchanges, together
-from tests.sglang.scripted_server import ask, event, run, serving
+from tests.sglang.scripted_server import ask, event, run, serving, settled
 
 FINISHED = "stop"
 
@@ -68,11 +68,6 @@ def asking(test: Callable[[Posts, Exchanges], Coroutine[Any, Any, None]]) -> Non
             await exchanges.close()
 
     run(with_exchanges())
-
-
-async def settled(turns: int = 5) -> None:
-    for _ in range(turns):
-        await asyncio.sleep(0)
 
 
 def test_what_is_asked_in_one_turn_is_one_exchange_and_each_gets_its_own_answer() -> None:

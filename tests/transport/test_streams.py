@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
@@ -28,7 +28,7 @@ from slime_async.protocol import (
 )
 from slime_async.trajectory import TrajectoryKey
 from slime_async.transport.client import HubClient
-from slime_async.transport.codec import DEFAULT_LIMITS, BadMessage, Envelope, Limits, decode
+from slime_async.transport.codec import DEFAULT_LIMITS, BadMessage, Buffer, Envelope, Limits, decode
 from slime_async.transport.conversation import Conversation, Traffic
 from slime_async.transport.errors import ConnectionLost, DeadlineExceeded, RemoteError
 from slime_async.transport.server import Server
@@ -298,6 +298,26 @@ def unexpected(what: object) -> Any:
     raise AssertionError(f"unexpected: {what}")
 
 
+def conversation(
+    send: Callable[[Sequence[Buffer]], bool] = lambda frames: True,
+    *,
+    on_call: Callable[[Message], Message] = unexpected,
+    on_bad: Callable[[BadMessage], None] = unexpected,
+) -> Conversation:
+    """Without a socket; unless told otherwise, what is sent arrives nowhere, and nothing may come."""
+    return Conversation(
+        "peer",
+        send,
+        lambda: None,
+        on_call=on_call,
+        on_note=unexpected,
+        on_bug=unexpected,
+        on_bad=on_bad,
+        limits=DEFAULT_LIMITS,
+        traffic=Traffic(),
+    )
+
+
 def test_equal_acknowledgements_that_wait_are_one_message() -> None:
     async def scenario() -> None:
         async with a_hub() as hub, a_client(hub.server.address) as (client, _):
@@ -326,17 +346,7 @@ def test_an_acknowledgement_waits_with_at_most_eight_calls_and_stays_in_order() 
         def on_call(message: Message) -> Message:
             return Delivered("duplicate" if isinstance(message, GetStatus) else "accepted")
 
-        talk = Conversation(
-            "peer",
-            send,
-            lambda: None,
-            on_call=on_call,
-            on_note=unexpected,
-            on_bug=unexpected,
-            on_bad=unexpected,
-            limits=DEFAULT_LIMITS,
-            traffic=Traffic(),
-        )
+        talk = conversation(send, on_call=on_call)
         for i in range(1, 20):
             talk.take(Envelope(Lease(1, 4, 20), i, False))
         talk.take(Envelope(GetStatus(), 20, False))
@@ -358,24 +368,9 @@ def test_an_acknowledgement_waits_with_at_most_eight_calls_and_stays_in_order() 
     run(scenario())
 
 
-def talking_to_nobody(on_bad: Callable[[BadMessage], None]) -> Conversation:
-    """What is sent arrives nowhere."""
-    return Conversation(
-        "peer",
-        lambda frames: True,
-        lambda: None,
-        on_call=unexpected,
-        on_note=unexpected,
-        on_bug=unexpected,
-        on_bad=on_bad,
-        limits=DEFAULT_LIMITS,
-        traffic=Traffic(),
-    )
-
-
 def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
     async def scenario() -> None:
-        talk = talking_to_nobody(on_bad=lambda bad: None)
+        talk = conversation(on_bad=lambda bad: None)
         calls = [asyncio.create_task(talk.call(GetStatus(), 10)) for _ in range(3)]
         await asyncio.sleep(0)
         talk.receive([msgpack.packb([PROTOCOL_VERSION, 1, True, ["Delivered", {"outcome": "lost"}], [2, 3]])])
@@ -388,7 +383,7 @@ def test_a_shared_reply_that_cannot_be_read_fails_all_its_calls() -> None:
 
 def test_each_call_ends_at_its_own_deadline_whatever_order_they_are_made_in() -> None:
     async def scenario() -> None:
-        talk = talking_to_nobody(on_bad=unexpected)
+        talk = conversation()
         ended: list[float] = []
 
         async def call(timeout_s: float) -> None:
